@@ -1,0 +1,1212 @@
+"""NF4 to fp16, bf16 or fp32 in one Triton kernel, bit-equal to bitsandbytes' CUDA kernels.
+
+Problem: bitsandbytes keeps a QLoRA weight as 4-bit codes with a scale ("absmax") per 64 weights, and
+with double quantisation the scales are 8-bit codes too. Its dequantisation is three launches and two
+temporary buffers: decode the scales, add their mean, decode the weights, twice per layer and step.
+
+Idea: four fifths of the bytes are the output, so the floor is a memset of it. A lane takes one 32-bit
+word (8 weights of one block), decodes the block's scale itself and writes one 16-byte store.
+- The NF4 table lives in a warp's registers, entry i in lane i, read by `shfl.sync.idx` (inline PTX):
+  shfl uses 5 bits of its index and lanes 16-31 repeat the table, so a code needs a shift, no mask.
+- Codes are read once and the output is too large to stay: both are marked evict-first.
+- The launch goes to the driver (cuLaunchKernelEx, ctypes), from sm_90 on with programmatic dependent
+  launch, so a call costs the host a few microseconds and back-to-back launches overlap.
+- The scale takes two fp32 roundings as in bitsandbytes, so multiply-add fusion is off.
+
+Left out: FP4 (bitsandbytes does it), AMD and Intel GPUs, and products that never dequantise, which win
+for a few dozen rows (`patch_bitsandbytes` leaves those to bitsandbytes). Not run on a T4; `--target`
+shows what can be shown without one. Run on an H200 and, through Triton's interpreter, on CPUs.
+
+    python nf4_triton.py                  self-test, then timings; --test or --bench for one of them
+    python nf4_triton.py --target sm_75   registers, SASS and what bounds the kernel on a T4
+    python nf4_triton.py --storage        how small 4-bit storage could get (or of FILE.safetensors)
+    compute-sanitizer --tool memcheck python nf4_triton.py --test           (or --tool racecheck)
+
+    from nf4_triton import dequantize_nf4, patch_bitsandbytes
+    weight = dequantize_nf4(layer.weight, layer.weight.quant_state)
+    with patch_bitsandbytes():
+        trainer.train()
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.language.extra.cuda import gdc_wait
+from triton.runtime.interpreter import InterpretedFunction
+
+# The NormalFloat4 levels (QLoRA, arXiv 2305.14314, appendix E) as bitsandbytes' kernels hold them.
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
+NF4 += (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
+NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
+NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Compute capability: published GPU, bytes/s, SMs, boost clock in Hz
+CHIPS = {75: ("T4", 320e9, 40, 1.59e9), 80: ("A100", 2039e9, 108, 1.41e9)}
+CHIPS |= {89: ("L4", 300e9, 58, 2.04e9), 90: ("H200", 4800e9, 132, 1.98e9)}
+CHIPS |= {100: ("B200", 8000e9, 148, 1.96e9)}
+
+# --------------------------------------------------------------------------------------------------
+# What a weight and its QuantState hold, checked; and the definition in plain PyTorch
+
+
+class Packed(NamedTuple):
+    weight: torch.Tensor  # two codes per byte, high nibble first, in any storage dtype
+    absmax: torch.Tensor  # [blocks] uint8 (nested) or fp32 (flat)
+    code2: torch.Tensor | None  # [256] fp32
+    absmax2: torch.Tensor | None  # [ceil(blocks / blocksize2)] fp32
+    offset: torch.Tensor | None  # one fp32 on the weight's device: reading it would synchronise
+    blocksize: int
+    blocksize2: int  # 0: flat
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _need(ok, name, found, need, error=ValueError):
+    if not ok:
+        raise error(f"{name}: found {found}, need {need}")
+
+
+def _unpack(weight, state, dtype=None) -> Packed:
+    _need(hasattr(state, "absmax"), "quant_state", type(state).__name__, "a QuantState", TypeError)
+    _need(state.quant_type == "nf4", "quant_type", repr(state.quant_type), "'nf4'")
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    _need(not repacked, "weight", "it packed for bitsandbytes' CPU kernels", "the usual packing")
+    dtype, size = dtype or state.dtype, weight.element_size()
+    _need(dtype in DTYPES, "dtype", dtype, "float16, bfloat16 or float32", TypeError)
+    storage = weight.dtype in (torch.uint8, *DTYPES)
+    _need(storage, "weight.dtype", weight.dtype, "uint8 or 16/32-bit floats", TypeError)
+    _need(weight.is_contiguous(), "weight", f"strides {weight.stride()}", "a contiguous tensor")
+    ok = state.blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    _need(ok, "blocksize", state.blocksize, "a power of two from 32 to 4096")
+    numel = math.prod(state.shape)
+    nbytes = (numel + 1) // 2
+    ok = nbytes <= weight.numel() * size < nbytes + size
+    _need(ok, "weight", f"{weight.numel() * size} bytes", f"{nbytes} for {tuple(state.shape)}")
+    blocks = -(-numel // state.blocksize)
+    state2, code2, absmax2, offset, blocksize2 = state.state2, None, None, None, 0
+    parts = [("absmax", state.absmax, torch.uint8 if state2 else torch.float32, blocks)]
+    if state2:
+        code2, absmax2, blocksize2 = state2.code, state2.absmax, state2.blocksize
+        _need(not getattr(state2, "state2", None), "state2", "a nested state", "a flat one")
+        ok = isinstance(blocksize2, int) and blocksize2 > 0
+        _need(ok, "state2.blocksize", blocksize2, "a positive integer")
+        offset = state.offset
+        _need(offset is not None, "offset", None, "a number or a tensor of one")
+        if not torch.is_tensor(offset) or offset.device.type == "cpu" != weight.device.type:
+            # Old checkpoints: a fill, because a copy to the GPU would be waited for.
+            offset = torch.full((), float(offset), device=weight.device)
+        offset = offset.to(torch.float32)
+        parts.append(("state2.code", code2, torch.float32, 256))
+        parts.append(("state2.absmax", absmax2, torch.float32, -(-blocks // blocksize2)))
+        parts.append(("offset", offset, torch.float32, 1))
+    for name, part, want, count in parts:
+        _need(part.dtype == want, f"{name}.dtype", part.dtype, want, TypeError)
+        ok = part.numel() == count and part.is_contiguous()
+        _need(ok, name, f"shape {tuple(part.shape)}", f"{count} contiguous values")
+        _need(part.device == weight.device, name, f"on {part.device}", f"it on {weight.device}")
+    shape = tuple(state.shape)
+    return Packed(
+        weight, state.absmax, code2, absmax2, offset, state.blocksize, blocksize2, shape, dtype
+    )
+
+
+def _check_out(out, shape, dtype, device):
+    if (out.shape, out.dtype, out.device) == (shape, dtype, device) and out.is_contiguous():
+        return  # before the messages are put together: this runs in every call
+    _need(out.shape == shape, "out.shape", tuple(out.shape), tuple(shape))
+    _need(out.dtype == dtype, "out.dtype", out.dtype, dtype, TypeError)
+    _need(out.device == device, "out", f"on {out.device}", f"it on {device}")
+    _need(out.is_contiguous(), "out", f"strides {out.stride()}", "a contiguous tensor")
+
+
+def _dequantize_torch(p: Packed) -> torch.Tensor:
+    """fp32 products with every rounding where bitsandbytes' CUDA kernels have it."""
+    numel, table = math.prod(p.shape), torch.tensor(NF4, device=p.weight.device)
+    pairs = torch.stack(
+        [table.repeat_interleave(16), table.repeat(16)], 1
+    )  # byte -> its two levels
+    values = pairs[p.weight.flatten().view(torch.uint8).int()].flatten()
+    scale = p.absmax
+    if p.blocksize2:
+        absmax2 = p.absmax2.repeat_interleave(p.blocksize2)[: scale.numel()]
+        scale = p.code2[scale.int()] * absmax2 + p.offset
+    full = scale.numel() * p.blocksize
+    values = F.pad(values[:full], (0, max(0, full - values.numel()))).view(-1, p.blocksize)
+    return values.mul_(scale[:, None]).flatten()[:numel].to(p.dtype).view(p.shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# The kernel
+
+
+def _table_ptx() -> str:
+    """PTX for $0 = NF4[laneid % 16]: a tree of 15 selects, run while the loads are in flight."""
+    bits = [f"0f{torch.tensor(x).view(torch.int32).item() & 0xFFFFFFFF:08X}" for x in NF4]
+    ptx = [".reg .b32 lane, bit; .reg .f32 t<8>; .reg .pred p<4>; mov.u32 lane, %laneid;"]
+    ptx += [f"and.b32 bit, lane, {1 << b}; setp.ne.u32 p{b}, bit, 0;" for b in range(4)]
+    ptx += [f"selp.f32 t{i}, {bits[2 * i + 1]}, {bits[2 * i]}, p0;" for i in range(8)]
+    ptx += [f"selp.f32 t{i}, t{2 * i + 1}, t{2 * i}, p1;" for i in range(4)]
+    ptx += [f"selp.f32 t{i}, t{2 * i + 1}, t{2 * i}, p2;" for i in range(2)]
+    return "{ " + " ".join(ptx) + " selp.f32 $0, t1, t0, p3; }"
+
+
+LEVELS, TABLE_PTX = tl.constexpr(NF4), tl.constexpr(_table_ptx())
+LOOKUP_PTX = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
+
+
+# RAGGED: the last tile is not full or a pointer is not 16-byte aligned, so read bytes and mask. SM:
+# compute capability; 0 under the interpreter, which has no inline PTX.
+# fmt: off
+@triton.jit
+def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, numel,
+                BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WORDS: tl.constexpr,
+                RAGGED: tl.constexpr, SM: tl.constexpr):
+    # Claiming no contiguity keeps one word per lane, the layout of the 16-byte stores: nothing
+    # passes through shared memory.
+    word = tl.max_contiguous(tl.arange(0, WORDS), 1)
+    column = tl.arange(0, 8)
+    if SM >= 90:
+        gdc_wait()  # launched beside the previous kernel's tail: touch no memory before it is done
+    first = tl.program_id(0).to(tl.int64) * WORDS  # int64: numel may pass 2^31
+    left = numel - first * 8
+    inside = word * 8 < left if RAGGED else None
+    none = 0 if RAGGED else None  # what a masked load returns
+
+    if RAGGED:
+        codes = tl.full([WORDS], 0, tl.int32)
+        for i in tl.static_range(4):
+            mask = word * 8 + i * 2 < left
+            byte = tl.load(weight_ptr + (first * 4 + word * 4 + i), mask=mask, other=0)
+            codes |= byte.to(tl.int32) << (8 * i)
+    else:
+        codes = tl.load(weight_ptr + (first + word), eviction_policy="evict_first")
+
+    # A tile holds whole blocks or lies inside one, so its first block and a word's own split apart.
+    first_block, block = first * 8 // BLOCKSIZE, word * 8 // BLOCKSIZE
+    scale = tl.load(absmax_ptr + (first_block + block), mask=inside, other=none)
+    if BLOCKSIZE2 > 0:
+        if BLOCKSIZE2 % max(1, WORDS * 8 // BLOCKSIZE) == 0:  # one absmax2 for the whole tile
+            absmax2 = tl.load(absmax2_ptr + first_block // BLOCKSIZE2)
+        else:
+            at = absmax2_ptr + (first_block + block) // BLOCKSIZE2
+            absmax2 = tl.load(at, mask=inside, other=none)
+        scale = tl.load(code2_ptr + scale) * absmax2 + tl.load(offset_ptr)
+
+    codes = codes[:, None] >> ((column ^ 1) * 4)[None, :]  # little-endian word, high nibble first
+    if SM > 0:
+        table = tl.inline_asm_elementwise(TABLE_PTX, "=f,r", [word], tl.float32, True, 1)
+        pair = [table[:, None], codes]
+        level = tl.inline_asm_elementwise(LOOKUP_PTX, "=f,f,r", pair, tl.float32, True, 1)
+    else:
+        level = tl.full([WORDS, 8], 0.0, tl.float32)
+        for i in tl.static_range(16):
+            level = tl.where((codes & 15) == i, LEVELS[i], level)
+    value = level * scale[:, None]
+    if out_ptr.dtype.element_ty == tl.bfloat16 and SM < 80:
+        # No bf16 conversion before sm_80: round to nearest even in integers. The minimum takes the
+        # GPU's NaN, 0x7FFFFFFF, to bf16's 0x7FFF and leaves all else.
+        bits = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FFF7FFF)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    at = out_ptr + first * 8 + (word[:, None] * 8 + column[None, :])
+    mask = word[:, None] * 8 + column[None, :] < left if RAGGED else None
+    tl.store(at, value, mask=mask, cache_modifier=".cs")
+# fmt: on
+
+
+def _tile(numel: int) -> tuple[int, int]:
+    """(words per program, warps), the best of 9 on an H200 from 128 words on 2 warps to 2048 on 16, as
+    multiples of a memset's time: with 4 million weights 512 on 4 takes 1.06 and 1024 on 16 1.14; with
+    17, 59 and 235 million they take 1.14, 1.08, 1.06 and 1.10, 1.04, 1.03."""
+    return (512, 4) if numel < 2**23 else (1024, 16)
+
+
+@functools.cache
+def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, tile=(512, 4), ragged=False):
+    """The Triton CompiledKernel for compute capability `sm` (75, 80, ...). Needs no GPU."""
+    if isinstance(_nf4_kernel, InterpretedFunction):
+        raise RuntimeError("TRITON_INTERPRET: found 1, need it unset before triton is imported")
+    constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": blocksize2, "WORDS": tile[0]}
+    constants |= {"RAGGED": ragged, "SM": sm}
+    types = ["*u8" if ragged else "*i32", "*u8" if blocksize2 else "*fp32", *["*fp32"] * 3]
+    types += [f"*{dtype}", "i64", *["constexpr"] * len(constants)]
+    signature = dict(zip(_nf4_kernel.arg_names, types, strict=True))
+    attrs = {} if ragged else {(i,): [["tt.divisibility", 16]] for i in range(6)}
+    options = {"num_warps": tile[1], "enable_fp_fusion": False}  # fused, scales differ in one bit
+    source = ASTSource(_nf4_kernel, signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+# --------------------------------------------------------------------------------------------------
+# The launch. On one H200's host Triton's CompiledKernel.run takes 8 us, this 5, of which the driver 4
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+    )
+    _fields_ += (("stream", ctypes.c_void_p), ("attrs", ctypes.c_void_p), ("count", ctypes.c_uint))
+
+
+@functools.cache
+def _driver():
+    cuda, version = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1"), ctypes.c_int()
+    cuda.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    _check(cuda.cuDriverGetVersion(ctypes.byref(version)))
+    return cuda, version.value
+
+
+def _check(code: int):
+    if code:
+        raise RuntimeError(f"CUDA driver: error {code}")
+
+
+@functools.cache
+def _load(device: int, *variant):
+    """(CUfunction, bytes of shared memory, overlap launches?) of a kernel variant on `device`."""
+    (cuda, version), sm = _driver(), torch.cuda.get_device_capability(device)
+    ok = torch.version.hip is None and sm >= (7, 5)
+    _need(ok, "GPU", f"compute capability {sm}", "an NVIDIA GPU of 7.5 or more", RuntimeError)
+    compiled = compile_kernel(sm[0] * 10 + sm[1], *variant)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _check(cuda.cuModuleLoadData(ctypes.byref(module), compiled.asm["cubin"]))
+    name = compiled.metadata.name.encode()
+    _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name))
+    overlap = sm >= (9, 0) and version >= 12030  # before 12.3 graphs cannot capture it
+    return function.value, compiled.metadata.shared, overlap
+
+
+class _Launch:
+    """One weight's kernel, ready to go: only the output and the stream change from call to call."""
+
+    def __init__(self, p: Packed, out_ptr: int = 0):
+        self.device, self.index, self.stream = p.weight.device, p.weight.device.index, None
+        # *shape: as one torch.Size it takes 8 us to parse, as numbers 2.5
+        self.empty = functools.partial(torch.empty, *p.shape, dtype=p.dtype, device=self.device)
+        numel, pointers = math.prod(p.shape), [0 if t is None else t.data_ptr() for t in p[:5]]
+        tile = _tile(numel)
+        ragged = numel % (tile[0] * 8) != 0 or any(ptr % 16 for ptr in (*pointers, out_ptr))
+        variant = (DTYPES[p.dtype], p.blocksize, p.blocksize2, tile, ragged)
+        self.function, shared, overlap = _load(self.index, *variant)
+        self.args = (ctypes.c_uint64 * 9)(*pointers, 0, numel)  # the last two: Triton's, unused
+        base = ctypes.addressof(self.args)
+        self.params = (ctypes.c_void_p * 9)(*range(base, base + 72, 8))
+        self.overlap = _Attribute(6, 0, (ctypes.c_int * 16)(1))  # programmatic stream serialization
+        attrs = (ctypes.addressof(self.overlap), 1) if overlap else (None, 0)
+        grid, block = (triton.cdiv(numel, tile[0] * 8), 1, 1), (32 * tile[1], 1, 1)
+        self.config = _Config(grid, block, shared, None, *attrs)
+        self.at = ctypes.addressof(self.config), self.function, ctypes.addressof(self.params), None
+        self.driver = _driver()[0].cuLaunchKernelEx
+
+    def __call__(self, out_ptr: int, stream: int):
+        self.args[5] = out_ptr
+        if stream != self.stream:
+            self.stream = self.config.stream = stream
+        if code := self.driver(*self.at):
+            _check(code)
+
+
+def _dequantize(p: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+    device = p.weight.device
+    if device.type == "cpu":
+        return _dequantize_torch(p) if out is None else out.copy_(_dequantize_torch(p))
+    _need(device.type == "cuda", "weight", f"on {device}", "it on cuda or cpu")
+    out = torch.empty(p.shape, dtype=p.dtype, device=device) if out is None else out
+    if out.numel():
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _Launch(p, out.data_ptr())(out.data_ptr(), stream)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Public functions
+
+
+class _Local(threading.local):  # a _Launch is not for two threads at once: ctypes drops the GIL
+    def __init__(self):
+        self.known = {}  # id(quant_state) -> its _Launch
+
+
+_local = _Local()
+
+
+def _layout(weight) -> tuple:
+    return weight.nbytes, weight.is_contiguous(), weight.shape[0] == 1
+
+
+def _remember(p: Packed, weight, state, identity) -> _Launch | None:
+    if not (weight.is_cuda and p.shape and math.prod(p.shape) and p.offset is state.offset):
+        return None  # nothing to launch, or an old offset to be converted each time
+    known, key = _local.known, id(state)
+    launch = known[key] = _Launch(p)
+    launch.identity, launch.layout, launch.weight = identity, _layout(weight), weakref.ref(weight)
+    launch.state = weakref.ref(state, lambda _: known.pop(key, None))
+    launch.small = p.code2, p.offset  # kept, so that their ids in `identity` stay theirs
+    return launch
+
+
+def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor:
+    """The weight behind a bitsandbytes NF4 parameter, NF4[code] * (code2[absmax] * absmax2 + offset).
+
+    weight: codes in uint8, bf16, fp16 or fp32 storage, [n, 1] or, transposed, [1, n]. quant_state: its
+    bitsandbytes.functional.QuantState, nested or flat. out: contiguous, of quant_state.shape.
+    dtype: fp16, bf16 or fp32 in place of quant_state.dtype.
+    Returns quant_state.shape (its transpose for a transposed weight). On CUDA: one kernel on the
+    current stream, the bits of bitsandbytes' CUDA kernels, no synchronisation, no other buffer. On
+    CPU: the same bits by PyTorch. In torch.compile: the operator nf4_triton::dequantize. ValueError
+    or TypeError if weight, state and out do not fit together, for FP4 and for CPU-packed states.
+    """
+    if torch.compiler.is_compiling():
+        p = _unpack(weight, quant_state, dtype)
+        result = torch.ops.nf4_triton.dequantize(*p)
+        if out is not None:
+            _check_out(out, p.shape, p.dtype, weight.device)
+            result = out.copy_(result)
+        return result.t() if weight.shape[0] == 1 else result
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's override costs 2 us per attribute
+        try:  # what a checked pair is known by: it stays good while all of this does
+            state2 = quant_state.state2
+            if state2 is not None:
+                state2 = state2.absmax.data_ptr(), id(state2.code), id(quant_state.offset)
+            pointers = weight.data_ptr(), quant_state.absmax.data_ptr(), state2
+            identity = pointers, quant_state.dtype, dtype, quant_state.shape, quant_state.blocksize
+            launch = _local.known.get(id(quant_state))
+        except AttributeError:  # _unpack says what is wrong
+            launch = identity = None
+        if (
+            launch is None
+            or launch.identity != identity
+            or (launch.weight() is not weight and launch.layout != _layout(weight))
+        ):
+            p = _unpack(weight, quant_state, dtype)
+            launch = _remember(p, weight, quant_state, identity)
+        if out is not None:
+            _check_out(out, quant_state.shape, dtype or quant_state.dtype, weight.device)
+        if launch is None or (out is not None and out.data_ptr() % 16):
+            out = _dequantize(_unpack(weight, quant_state, dtype), out)
+            return out.t() if weight.shape[0] == 1 else out
+        if torch._C._cuda_getDevice() != launch.index:
+            with torch.cuda.device(launch.device):
+                return dequantize_nf4(weight, quant_state, out, dtype=dtype)
+        if out is None:
+            out = launch.empty()
+        launch(out.data_ptr(), torch._C._cuda_getCurrentRawStream(launch.index))
+        return out.t() if launch.layout[2] else out
+
+
+_OP = "nf4_triton::dequantize"
+_SCHEMA = "(Tensor weight, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, "
+_SCHEMA += "int blocksize, int blocksize2, int[] shape, ScalarType dtype) -> Tensor"
+torch.library.define(_OP, _SCHEMA)
+torch.library.impl(_OP, ("CPU", "CUDA"), lambda *args: _dequantize(Packed(*args)))
+
+
+@torch.library.register_fake(_OP)
+def _fake(weight, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=weight.device)
+
+
+class _Linear4bit(torch.autograd.Function):
+    """x @ W.T + bias, W dequantised in forward and again in backward: only its 4 bits are kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, quant_state):
+        ctx.weight, ctx.quant_state = weight, quant_state
+        return F.linear(x, dequantize_nf4(weight, quant_state, dtype=x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize_nf4(ctx.weight, ctx.quant_state, dtype=grad.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, None, grad_bias, None
+
+
+def _matmul_4bit(A, B, quant_state, out=None, bias=None):
+    """bitsandbytes.matmul_4bit; ours where it would decode in three launches and then multiply."""
+    ours = A.is_cuda and out is None and getattr(quant_state, "quant_type", None) == "nf4"
+    ours = ours and len(quant_state.shape) == 2 and A.shape[-1] == quant_state.shape[1]
+    # Few rows: bitsandbytes' fused 4-bit product is for those. On an H200 ours takes 1/1.4 to 1/1.7 of
+    # its time at 64 rows over seven shapes, 1.02 to 1/2.2 at 32; before sm_90 its own limit is 512.
+    limit = 32 if ours and torch.cuda.get_device_capability(A.device)[0] >= 9 else 512
+    if not ours or A.dtype not in DTYPES or A.numel() <= limit * A.shape[-1]:
+        return patch_bitsandbytes.stock["matmul_4bit"](A, B, quant_state, out=out, bias=bias)
+    return _Linear4bit.apply(A, B.view(-1, 1) if B.shape[0] == 1 else B, bias, quant_state)
+
+
+def _dequantize_4bit(A, quant_state=None, *args, **kwargs):
+    """bitsandbytes.functional.dequantize_4bit; NF4 on CUDA through the kernel."""
+    if quant_state is not None and A.is_cuda and quant_state.quant_type == "nf4":
+        out = kwargs.get("out", args[1] if len(args) > 1 else None)
+        return dequantize_nf4(A, quant_state, out)
+    return patch_bitsandbytes.stock["dequantize_4bit"](A, quant_state, *args, **kwargs)
+
+
+class patch_bitsandbytes:
+    """Makes every bitsandbytes Linear4bit, and PEFT's merges, use the kernel where it is faster.
+
+    A plain call lasts until its .undo(), a `with` block until its end; they may nest.
+    """
+
+    stock, users = {}, 0
+
+    def __init__(self):
+        import bitsandbytes as bnb
+
+        self.targets = (bnb, _matmul_4bit), (bnb.functional, _dequantize_4bit)
+        self.undone = False
+        patch_bitsandbytes.users += 1
+        for module, ours in self.targets if patch_bitsandbytes.users == 1 else ():
+            name = ours.__name__[1:]
+            self.stock[name] = getattr(module, name)
+            setattr(module, name, ours)
+
+    def undo(self):
+        if self.undone:
+            return
+        self.undone = True
+        patch_bitsandbytes.users -= 1
+        for module, ours in self.targets if patch_bitsandbytes.users == 0 else ():
+            setattr(module, ours.__name__[1:], self.stock[ours.__name__[1:]])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
+
+
+# --------------------------------------------------------------------------------------------------
+# Self-test: `pytest nf4_triton.py` runs the same functions
+
+GPU = unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA GPU")
+CHALLENGE = ((2, 3333, 2048, 8192, 3407, torch.float16), (5, 777, 1024, 4096, 3409, torch.bfloat16))
+CHALLENGE += ((3, 2048, 4096, 14336, 3408, torch.bfloat16),)  # batch, length, hd, m, seed, dt
+
+
+def _random_pair(
+    seed, shape, dtype, blocksize=64, blocksize2=256, storage=torch.uint8, device="cpu"
+):
+    """Random codes and scales, of sizes that fp16 holds, rounds to subnormals or overflows with."""
+    from bitsandbytes.functional import QuantState
+
+    rng, numel = torch.Generator().manual_seed(seed), math.prod(shape)
+    blocks, state2, offset = triton.cdiv(numel, blocksize), None, None
+    nbytes = triton.cdiv(triton.cdiv(numel, 2), storage.itemsize) * storage.itemsize
+    weight = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=rng)
+    absmax = torch.rand(blocks, generator=rng) * 10.0 ** (seed % 11 - 6)
+    if blocksize2:
+        absmax2 = absmax[: triton.cdiv(blocks, blocksize2)].clone().to(device)
+        code2 = torch.rand(256, generator=rng).mul(2).sub(1).to(device)
+        state2 = QuantState(absmax2, None, code2, blocksize2, dtype=torch.float32)
+        offset = absmax.mean().to(device)
+        absmax = torch.randint(256, (blocks,), dtype=torch.uint8, generator=rng)
+    shape, absmax = torch.Size(shape), absmax.to(device)
+    state = QuantState(absmax, shape, None, blocksize, "nf4", dtype, offset, state2)
+    return weight.to(device).view(storage)[:, None], state
+
+
+def _cases(count):
+    """Arguments of _random_pair that mix every kind of size, block, nesting and storage."""
+    numels = (1, 2, 7, 8, 63, 64, 65, 2047, 2048, 4095, 4096, 4097, 8192, 12288)
+    storages = (torch.uint8, torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+    for seed in range(count):
+        rng = random.Random(seed)
+        numel = rng.choice(numels)
+        shape = rng.choice(
+            [(numel,), (1, numel), (3, numel), (numel, 64)][: 4 if numel < 99 else 2]
+        )
+        block, block2 = 2 ** rng.randint(5, 12), rng.choice([0, 0, 256, 256, 1, 3, 100, 4096])
+        yield seed, shape, rng.choice(list(DTYPES)), block, block2, rng.choice(storages)
+
+
+def _same(a, b) -> bool:
+    bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return alike and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def _expected(weight, state):
+    return _dequantize_torch(_unpack(weight, state))
+
+
+def test_kernel_bits_under_interpreter():
+    kernel, unused = InterpretedFunction(getattr(_nf4_kernel, "fn", _nf4_kernel)), torch.zeros(1)
+    for case in _cases(100):
+        p, words = _unpack(*_random_pair(*case)), (32, 64, 256)[case[0] % 3]
+        out = torch.full(p.shape, math.nan, dtype=p.dtype)
+        ragged = out.numel() % (words * 8) != 0 or case[0] % 2 == 0
+        weight = p.weight.flatten().view(torch.uint8 if ragged else torch.int32)
+        args = [weight, *(unused if part is None else part for part in p[1:5]), out, out.numel()]
+        grid = (triton.cdiv(out.numel(), words * 8),)
+        kernel[grid](*args, p.blocksize, p.blocksize2, words, ragged, 0)
+        assert _same(out, _dequantize_torch(p)), case
+
+
+def test_reference_equals_bitsandbytes_on_cpu():
+    import bitsandbytes.functional as bnb
+
+    for rows, dtype in ((96, torch.float32), (64, torch.float16), (33, torch.float32)):
+        weight = torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        for blocksize, nested in ((64, True), (64, False), (128, True), (1024, False)):
+            packed, state = bnb.quantize_4bit(weight, None, None, blocksize, nested, "nf4")
+            want = bnb.dequantize_4bit(packed, state)  # in bf16 its CPU code rounds otherwise
+            out = torch.empty_like(want)
+            assert dequantize_nf4(packed, state, out) is out
+            assert _same(out, want) and _same(dequantize_nf4(packed, state), want)
+            assert _same(dequantize_nf4(packed.t(), state), want.t())
+    weight, state = _random_pair(1, (4, 64), torch.float32)
+    want, offset = _expected(weight, state), state.offset
+    for old in (float(offset), offset.reshape(1), offset.double()):  # as old checkpoints have it
+        state.offset = old
+        assert _same(dequantize_nf4(weight, state), want)
+
+
+def test_errors_name_what_was_found_and_needed():
+    zeros, half = torch.zeros, torch.float16
+    changes = [  # words of the error, the argument or field of the state that is wrong, its value
+        ("TypeError quant_state: found list", "quant_state", [1, 2]),
+        ("ValueError quant_type: found 'fp4', need 'nf4'", "quant_type", "fp4"),
+        (
+            "ValueError weight: found it packed for bitsandbytes' CPU",
+            "packing_format_for_cpu",
+            True,
+        ),
+        ("TypeError dtype: found torch.float64", "dtype", torch.float64),
+        ("ValueError blocksize: found 48", "blocksize", 48),
+        ("ValueError weight: found 256 bytes, need 288 for (9, 64)", "shape", (9, 64)),
+        ("ValueError weight: found 256 bytes, need 224 for (7, 64)", "shape", (7, 64)),
+        ("ValueError absmax: found shape (7,), need 8", "absmax", zeros(7).byte()),
+        ("TypeError absmax.dtype: found torch.float32", "absmax", zeros(8)),
+        ("ValueError absmax: found on meta, need it on cpu", "absmax", zeros(8).byte().to("meta")),
+        ("ValueError state2.code: found shape (16,)", "state2.code", zeros(16)),
+        ("ValueError state2.blocksize: found 0", "state2.blocksize", 0),
+        ("ValueError offset: found None", "offset", None),
+        ("TypeError weight.dtype: found torch.int64", "weight", zeros(32, 1).long()),
+        ("ValueError weight: found strides (2, 1)", "weight", zeros(256, 2).byte()[:, :1]),
+        ("ValueError out.shape: found (8, 63)", "out", zeros(8, 63)),
+        ("TypeError out.dtype: found torch.float32", "out", zeros(8, 64)),
+        ("ValueError out: found strides (1, 8)", "out", zeros(64, 8, dtype=half).t()),
+    ]
+    for words, name, value in changes:
+        weight, state = _random_pair(0, (8, 64), half)
+        args = {"weight": weight, "quant_state": state}
+        if name in ("weight", "quant_state", "out"):
+            args[name] = value
+        else:
+            setattr(state.state2 if "." in name else state, name.split(".")[-1], value)
+        try:
+            found = dequantize_nf4(**args)
+        except (TypeError, ValueError) as error:
+            found = f"{type(error).__name__} {error}"
+        assert str(found).startswith(words) and "\n" not in found, (words, found)
+
+
+def _sass(compiled) -> tuple[list[str], dict[str, int]]:
+    """(instructions up to the last EXIT, {REG, STACK, SHARED, LOCAL}) of a compiled kernel."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "cubin").write_bytes(compiled.asm["cubin"])
+        run = functools.partial(subprocess.check_output, text=True, stderr=subprocess.STDOUT)
+        text = run([tools / "nvdisasm", "-c", Path(folder, "cubin")])
+        usage = run([tools / "cuobjdump", "-res-usage", Path(folder, "cubin")])
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text, re.MULTILINE)
+    used = {k: int(n) for k, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return code[: len(code) - code[::-1].index("EXIT")], used
+
+
+def test_every_architecture_compiles_without_spills_or_fused_scales():
+    for sm in CHIPS:
+        for dtype, tile in itertools.product(DTYPES.values(), ((512, 4), (1024, 16))):
+            code, used = _sass(compile_kernel(sm, dtype, tile=tile))
+            starts = [op.split(".")[0] for op in code]
+            assert used["STACK"] == used["LOCAL"] == 0 and not {"LDL", "STL"} & set(starts), used
+            assert starts.count("FFMA") == 0, (sm, dtype)
+            assert starts.count("SHFL") == tile[0] // tile[1] // 4, (sm, dtype)  # one per weight
+            assert all(".128" in op for op in code if op.startswith("STG")), (sm, dtype)
+            assert dtype == "fp32" or used["SHARED"] == 0, (sm, dtype)
+
+
+def _linear4bit(inputs, outputs, dtype, device="cuda"):
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(inputs, outputs, bias=None, compute_dtype=dtype, quant_type="nf4").to(device)
+    layer.weight.quant_state.dtype = dtype
+    return layer
+
+
+def _check_challenge(batch, length, hd, m, seed, dtype, device):
+    """The challenge's MLP and its checks. Returns the layers in the order it times them."""
+    import bitsandbytes.functional as bnb
+
+    torch.manual_seed(seed)
+    gate, up, down = (_linear4bit(*io, dtype, device) for io in ((hd, m), (hd, m), (m, hd)))
+    layers, close = (
+        (up, gate, down),
+        functools.partial(torch.testing.assert_close, check_stride=True),
+    )
+    x = torch.randn(batch, length, hd, device=device, dtype=dtype)
+    for _ in range(2):
+        ups, gates, downs = weights = [_of(dequantize_nf4, layer).t() for layer in layers]
+        close((F.silu(x @ gates) * (x @ ups)) @ downs, down(F.silu(gate(x)) * up(x)))
+        for layer, weight in zip(layers, weights, strict=True):
+            close(weight, _of(bnb.dequantize_4bit, layer).t())
+            assert weight.dtype == dtype
+    return layers
+
+
+def test_challenge_mlp_and_strides():
+    gpu, small = torch.cuda.is_available(), (2, 33, 128, 512, 3407, torch.float16)
+    for option in CHALLENGE if gpu else (small,):
+        _check_challenge(*option, "cuda" if gpu else "cpu")
+
+
+def test_linear4bit_gradients():
+    (weight, state), rng = (
+        _random_pair(6, (48, 64), torch.float32),
+        torch.Generator().manual_seed(0),
+    )
+    tensors = [torch.randn(shape, generator=rng) for shape in ((2, 5, 64), (48,), (2, 5, 48))]
+    x, bias, upstream = (t.double().requires_grad_() for t in tensors)
+    want = F.linear(x, _expected(weight, state).double(), bias)
+    wants = want, *torch.autograd.grad(want, (x, bias), upstream)
+    x, bias, upstream = (t.requires_grad_() for t in tensors)
+    y = _Linear4bit.apply(x, weight, bias, state)
+    for got, want in zip((y, *torch.autograd.grad(y, (x, bias), upstream)), wants, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_patch_nests_and_is_undone():
+    import bitsandbytes as bnb
+
+    names = lambda: (bnb.matmul_4bit, bnb.functional.dequantize_4bit)
+    stock, x = names(), torch.randn(3, 64)
+    layer = _linear4bit(64, 64, torch.float32, "cpu")
+    want = layer(x)
+    with patch_bitsandbytes():
+        inner = patch_bitsandbytes()
+        inner.undo()
+        inner.undo()
+        assert names() == (_matmul_4bit, _dequantize_4bit)
+        assert torch.equal(layer(x), want)  # a CPU layer stays with bitsandbytes
+    assert names() == stock
+
+
+def test_compile_makes_one_graph_for_all_weights():
+    import torch._dynamo as dynamo
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = [_random_pair(seed, (96, 128), torch.bfloat16, device=device) for seed in (5, 6, 7)]
+    backends = [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}]
+    for options in backends if device == "cuda" else backends[:1]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+        double = torch.compile(lambda w, s: dequantize_nf4(w, s) * 2, fullgraph=True, **options)
+        for weight, state in pairs * 3:
+            assert _same(double(weight, state).clone(), _expected(weight, state) * 2), options
+        assert dynamo.utils.counters["stats"]["unique_graphs"] == 1, options
+        into = torch.compile(dequantize_nf4, fullgraph=True, **options)
+        out = torch.empty(96, 128, dtype=torch.bfloat16, device=device)
+        assert _same(into(*pairs[0], out), _expected(*pairs[0])) and _same(
+            out, _expected(*pairs[0])
+        )
+
+
+@GPU
+def test_bits_equal_bitsandbytes_on_gpu():
+    import bitsandbytes.functional as bnb
+
+    for case in _cases(120):
+        weight, state = _random_pair(*case, device="cuda")
+        want, numel = _expected(weight, state), math.prod(case[1])
+        if case[4] in (0, 256) and weight.nbytes * 2 == numel:  # what bitsandbytes itself can do
+            assert _same(bnb.dequantize_4bit(weight.view(-1, 1), state), want), case
+        space = torch.full((numel + 17,), math.nan, dtype=state.dtype, device="cuda")
+        for shift in (0, 1, 8):
+            dequantize_nf4(weight.view(-1, 1), state, space[shift : shift + numel].view(want.shape))
+            assert _same(space[shift : shift + numel].view(want.shape), want), case
+            assert space[:shift].isnan().all() and space[shift + numel :].isnan().all(), case
+            space.fill_(math.nan)
+        moved = torch.cat([weight[:1], weight])[1:]  # a view that is not 16-byte aligned
+        for view in (weight, weight, moved, weight):
+            assert _same(dequantize_nf4(view, state), want.t() if view.shape[0] == 1 else want), (
+                case
+            )
+    for special in (math.inf, math.nan):
+        weight, state = _random_pair(6, (64, 64), torch.bfloat16, 64, 0, device="cuda")
+        state.absmax[::2] = special
+        assert _same(dequantize_nf4(weight, state), bnb.dequantize_4bit(weight, state))
+
+
+@GPU
+def test_more_than_2_31_weights():
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        raise unittest.SkipTest("needs 20 GiB of free GPU memory")
+    period = 4096 * 64
+    small, state = _random_pair(6, (period,), torch.bfloat16, device="cuda")
+    want, absmax, absmax2 = _expected(small, state), state.absmax, state.state2.absmax
+    for numel in (2**31 + 4096 + 5, 2**31 + 8192):  # ragged and whole tiles
+        copies, blocks = numel // period + 1, triton.cdiv(numel, 64)
+        state.absmax, state.shape = absmax.repeat(copies)[:blocks], torch.Size((numel,))
+        state.state2.absmax = absmax2.repeat(copies)[: triton.cdiv(blocks, 256)]
+        out = dequantize_nf4(small.repeat(copies, 1)[: triton.cdiv(numel, 2)], state)
+        for row in out[: numel // period * period].view(-1, period).split(1024):
+            assert (row == want).all()
+        assert _same(out[-(numel % period) :], want[: numel % period])
+
+
+@GPU
+def test_streams_graphs_threads_and_no_synchronisation():
+    pairs = [_random_pair(seed, (512, 512), torch.float16, device="cuda") for seed in (5, 6, 7)]
+    pairs.append(_random_pair(6, (64, 512), torch.float16, 512, 100, device="cuda"))
+    wants, graph, stream = (
+        [_expected(*p) for p in pairs],
+        torch.cuda.CUDAGraph(),
+        torch.cuda.Stream(),
+    )
+    (weight, state), flipped = pairs[0], ~pairs[0][0]
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):  # not warmed up: the first calls are captured
+        outs = [dequantize_nf4(*pair) for pair in pairs]
+    graph.replay()
+    assert all(map(_same, outs, wants))
+    torch.cuda.set_sync_debug_mode("error")
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2**29)
+        weight.copy_(flipped)  # behind the sleep, so that only the right stream sees it
+        got = dequantize_nf4(weight, state)
+        waited = stream.query()
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert not waited and _same(got, _expected(flipped, state))
+    wants[0] = got
+
+    def work(pair, want):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got = [dequantize_nf4(*pair) for _ in range(300)]
+            torch.cuda.current_stream().synchronize()
+        return all(_same(g, want) for g in got)
+
+    with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
+        assert all(pool.map(work, pairs, wants))
+
+
+@GPU
+def test_any_current_device():
+    if torch.cuda.device_count() < 2:
+        raise unittest.SkipTest("needs two GPUs")
+    for device in ("cuda:1", "cuda:0"):
+        weight, state = _random_pair(6, (64, 64), torch.float16, device=device)
+        for _ in range(2):
+            assert _same(dequantize_nf4(weight, state), _expected(weight, state))
+            assert torch.cuda.current_device() == 0
+
+
+def _qlora(hidden, inner, layers):
+    """A Llama of random weights, saved and loaded in NF4 as users do, LoRA on all projections."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True}
+    config = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **sizes, **heads))
+        model.bfloat16().save_pretrained(folder)
+        options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": 0}}
+        model = LlamaForCausalLM.from_pretrained(folder, **options)
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    # Not the usual B = 0, with which half the gradients vanish
+    return get_peft_model(model, LoraConfig(r=16, target_modules=names, init_lora_weights=False))
+
+
+def _step(model, ids):
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@GPU
+def test_qlora_step_is_the_same_when_patched():
+    model, ids = _qlora(512, 1024, 2), torch.randint(32000, (4, 512), device="cuda")
+    loss, grads = _step(model, ids)
+    with patch_bitsandbytes():
+        patched_loss, patched = _step(model, ids)
+        launches = len(_local.known)
+    torch.testing.assert_close(patched_loss, loss, rtol=2**-8, atol=0)
+    assert launches >= 14 and len(grads) == len(patched) == 28
+    for grad, want in zip(patched, grads, strict=True):
+        assert (grad - want).norm() <= 2**-8 * want.norm()
+
+
+# --------------------------------------------------------------------------------------------------
+# Timings
+
+SHAPES = (("Llama 1B up", 8192, 2048, torch.float16), ("challenge", 4096, 1024, torch.bfloat16))
+SHAPES += (
+    ("Llama 8B up", 14336, 4096, torch.bfloat16),
+    ("Llama 70B up", 28672, 8192, torch.bfloat16),
+)
+SHAPES += (("Llama 1B q", 2048, 2048, torch.bfloat16), ("Llama 8B q", 4096, 4096, torch.bfloat16))
+SHAPES += (
+    ("Llama 70B q", 8192, 8192, torch.bfloat16),
+    ("Qwen2.5 7B q", 3584, 3584, torch.bfloat16),
+)
+SHAPES += (("Qwen2.5 7B up", 18944, 3584, torch.bfloat16),)
+SHAPES += (("Gemma2 9B up", 14336, 3584, torch.bfloat16),)
+
+
+def _of(dequantize, layer, out=None):
+    weight = layer.weight
+    return dequantize(weight, weight.quant_state, out=out)
+
+
+def _reference(weight, state, out=None):
+    """The challenge's reference: bitsandbytes' C functions, three launches, two buffers."""
+    from bitsandbytes.functional import get_ptr, lib
+
+    stream, int32 = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), ctypes.c_int
+    absmax, state2 = torch.empty(state.absmax.shape, device="cuda"), state.state2
+    tensors = map(get_ptr, (state2.code, state.absmax, state2.absmax, absmax))
+    sizes = int32(state2.blocksize), int32(absmax.numel())
+    lib.cdequantize_blockwise_fp32(*tensors, *sizes, stream)
+    absmax += state.offset
+    out = torch.empty(state.shape, dtype=state.dtype, device="cuda") if out is None else out
+    tensors, sizes = (
+        map(get_ptr, (weight, absmax, out)),
+        (int32(state.blocksize), int32(out.numel())),
+    )
+    getattr(lib, f"cdequantize_blockwise_{DTYPES[state.dtype]}_nf4")(None, *tensors, *sizes, stream)
+    return out
+
+
+def _memset(weight, state, out=None):
+    """The floor: the output allocated and written, nothing read."""
+    out = torch.empty(*state.shape, dtype=state.dtype, device=weight.device) if out is None else out
+    return out.zero_()
+
+
+def _peers() -> dict:
+    """Name -> function of (weight, quant_state, out), for what is installed."""
+    import bitsandbytes.functional as bnb
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    peers = {"ours": dequantize_nf4, "memset": _memset, "reference": _reference}
+    peers |= {
+        "bitsandbytes": bnb.dequantize_4bit,
+        "peft": lambda w, _, out: dequantize_bnb_weight(w),
+    }
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
+        import unsloth  # noqa: F401
+        from unsloth.kernels.utils import fast_dequantize
+
+        peers["unsloth"] = fast_dequantize
+        peers["unsloth one buffer"] = functools.partial(fast_dequantize, use_global_buffer=True)
+    return peers
+
+
+def _say(results, name, times, unit):
+    ratios = "".join(f" | {k} {t:.2f} ({t / times['ours']:.2f}x)" for k, t in times.items())
+    print(f"{name}, {unit}{ratios}", flush=True)
+    results[name] = {"unit": unit, **times}
+
+
+def _graph_us(peers, layers, outs) -> dict:
+    """Median GPU microseconds a weight: a graph of one call a weight, so no launch cost, no warm L2."""
+    graphs, times = {}, {name: [] for name in peers}
+    for name, peer in peers.items():
+        _of(peer, layers[0], outs[0])
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for layer, out in zip(layers, outs, strict=True):
+                _of(peer, layer, out)
+    for _, (name, graph) in itertools.product(range(21), graphs.items()):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # each is timed behind itself, not behind what another left in the L2
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times[name].append(start.elapsed_time(end) * 1e3 / len(layers))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _wall_us(peers, rounds, run) -> dict:
+    """Median microseconds of run(peer): `rounds` of them in ten turns, the first turn a warm-up."""
+    times = {name: [] for name in peers}
+    for turn, (name, peer) in itertools.product(range(11), peers.items()):
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        start = time.perf_counter()
+        for _ in range(rounds // 10):
+            run(peer)
+        times[name] += [(time.perf_counter() - start) / (rounds // 10) * 1e6] if turn else []
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def bench_gpu(results) -> dict:
+    model, ids = _qlora(2048, 8192, 4), torch.randint(32000, (2, 1024), device="cuda")
+
+    def step(patch):
+        with patch():
+            _step(model, ids)[0].item()
+
+    patches = {"ours": patch_bitsandbytes, "bitsandbytes": contextlib.nullcontext}
+    times = _wall_us(patches, 50, step)  # before Unsloth is imported, which patches transformers
+    _say(results, "QLoRA step, 4 layers of Llama 1B, 2048 tokens", times, "us")
+    head = {"qlora_step": times["bitsandbytes"] / times["ours"]}
+    peers, total = _peers(), dict.fromkeys(_peers(), 0)
+    for option in CHALLENGE:
+        layers = _check_challenge(*option, "cuda")
+        for name, peer in peers.items():
+            weight, want = _of(peer, layers[0]), _of(dequantize_nf4, layers[0])
+            if name != "memset" and not torch.equal(
+                weight if weight.shape == want.shape else weight.t(), want
+            ):
+                print(f"{name} does not give the reference's bits")
+
+        def round_of_three(peer, layers=layers):
+            for layer in layers:
+                _of(peer, layer).t()
+                torch.cuda.synchronize()
+
+        times = _wall_us(peers, 1000, round_of_three)
+        total = {name: total[name] + t for name, t in times.items()}
+        _say(results, f"challenge {option[2]}x{option[3]} {DTYPES[option[5]]}", times, "us a round")
+    _say(results, "challenge, its three options", total, "us a round")
+    head["challenge"] = total["reference"] / total["ours"]
+    head["floor"] = total["ours"] / total["memset"]
+    ratios = []
+    for name, rows, columns, dtype in SHAPES:
+        ideal = rows * columns * (0.5 + 1 / 64 + 4 / 16384 + dtype.itemsize)
+        layers = [_linear4bit(columns, rows, dtype) for _ in range(max(1, int(4e8 / ideal)))]
+        outs = [torch.empty(rows, columns, dtype=dtype, device="cuda") for _ in layers]
+        timed = {k: p for k, p in peers.items() if k in ("ours", "memset", "reference", "unsloth")}
+        times = _graph_us(timed, layers, outs)
+        rate = (
+            f"{ideal / times['ours'] / 1e3:.0f} GB/s, {times['ours'] / times['memset']:.3f} memset"
+        )
+        _say(results, f"kernel {name} {rows}x{columns} {DTYPES[dtype]}: {rate}", times, "us")
+        ratios.append(times.get("unsloth", math.nan) / times["ours"])
+    layer = _linear4bit(256, 256, torch.bfloat16)
+    pair = layer.weight, layer.weight.quant_state
+    times = _wall_us(peers, 5000, lambda peer: peer(*pair, out=None))
+    _say(results, "host cost of a call, GPU idle", times, "us")
+    torch.cuda.reset_peak_memory_stats()
+    before, weight = torch.cuda.memory_allocated(), dequantize_nf4(*pair)
+    beyond = torch.cuda.max_memory_allocated() - before - weight.nbytes
+    print(f"memory beyond the output: {beyond} bytes")
+    head["host_us"] = times["ours"]
+    if "unsloth" in peers:
+        head["unsloth"] = total["unsloth"] / total["ours"]
+        head["unsloth_kernel"] = statistics.geometric_mean(ratios[:4])
+    return head
+
+
+def bench_cpu(results) -> dict:
+    import bitsandbytes.functional as bnb
+
+    layer = _linear4bit(1024, 4096, torch.float16, "cpu")
+    peers = {"ours": dequantize_nf4, "bitsandbytes": bnb.dequantize_4bit, "memset": _memset}
+    times = _wall_us(peers, 100, lambda peer: _of(peer, layer))
+    _say(results, "the PyTorch path on the CPU, 4096x1024 fp16", times, "us")
+    return {"cpu_us": times["ours"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# What a chip at hand elsewhere would do, and how small storage could get
+
+
+def print_target(sm: int, results):
+    chip, bandwidth, sms, clock = CHIPS[sm]
+    for (dtype, name), tile in itertools.product(DTYPES.items(), ((512, 4), (1024, 16))):
+        code, used = _sass(compile_kernel(sm, name, tile=tile))
+        widths = {"LDG": set(), "STG": set()}
+        for op in code:
+            if op[:3] in widths:
+                found = re.search(r"\.[US]?(8|16|64|128)\b", op)
+                widths[op[:3]].add(int(found[1]) if found else 32)
+        loads, stores = (", ".join(map(str, sorted(w))) for w in widths.values())
+        each = len(code) / (tile[0] * 8 // tile[1] // 32)
+        memory = (0.5 + 1 / 64 + 4 / 16384 + dtype.itemsize) / bandwidth * 1e12
+        issue = each / (sms * 64 * clock) * 1e12
+        bound, other = ("memory", issue) if memory >= issue else ("instruction issue", memory)
+        print(
+            f"sm_{sm} {name}, {tile[0]} words on {tile[1]} warps: {used['REG']} registers, "
+            f"{used['SHARED']} B shared, {used['LOCAL'] + used['STACK']} B local, {each:.1f} SASS "
+            f"instructions a weight, loads of {loads} bits, stores of {stores} bits\n"
+            f"    on a {chip}: memory {memory:.2f} ps a weight, issue {issue:.2f} ps (64 lanes a clock "
+            f"and SM at {clock / 1e9:.2f} GHz): bound by {bound}, {max(memory, issue) / other:.1f}x"
+        )
+        results[f"sm_{sm} {name} {tile[0]}"] = {"instructions": each, "bound": bound, **used}
+
+
+def _entropy(counts: torch.Tensor) -> float:
+    p = counts[counts > 0].double() / counts.sum()
+    return -(p * p.log2()).sum().item()
+
+
+def storage_bounds(weight, blocksize: int, nested: bool) -> tuple[float, float, float, float]:
+    """(bits stored, entropy of the codes, lossless bound, relative error) per weight. The bound codes
+    each weight given its block's scale (in 64 classes), and the nested scales' codes."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(weight, None, None, blocksize, nested, "nf4")
+    error = ((dequantize_nf4(packed, state) - weight).norm() / weight.norm()).item()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: weight.numel()].int()
+    scale = state.absmax.float() if state.state2 is None else state.state2.code[state.absmax.int()]
+    rank = scale.argsort(stable=True).argsort() * 64 // len(scale)
+    joint = torch.bincount(
+        rank.repeat_interleave(blocksize)[: len(codes)] * 16 + codes, minlength=1024
+    )
+    given = _entropy(joint) - _entropy(joint.view(64, 16).sum(1))
+    bits = 8 + 32 / state.state2.blocksize if nested else 32
+    coded = bits - 8 + _entropy(torch.bincount(state.absmax.int())) if nested else 32
+    plain = _entropy(torch.bincount(codes))
+    return 4 + bits / blocksize, plain, given + coded / blocksize, error
+
+
+def print_storage(weight, name, results):
+    print(f"{name}, {weight.numel()} weights. Bits a weight; error |dequantised - w| / |w|")
+    print("block nested stored codes' entropy lossless bound  saves   error")
+    for blocksize, nested in itertools.product([2**i for i in range(5, 13)], (False, True)):
+        stored, codes, bound, error = storage_bounds(weight.float().flatten(), blocksize, nested)
+        saves = 1 - bound / stored
+        row = f"{blocksize:5} {nested!s:>6} {stored:6.3f} {codes:14.3f} {bound:14.3f} {saves:6.1%}"
+        print(f"{row} {error:7.4f}")
+        results[f"{blocksize} {nested}"] = {"stored": stored, "bound": bound, "error": error}
+    best = results["64 True"]
+    saves = 1 - best["bound"] / best["stored"]
+    verdict = "15% without loss is out of reach" if saves < 0.15 else "15% without loss can be had"
+    print(f"Verdict for block 64, nested: at most {saves:.1%} smaller, so {verdict}.")
+
+
+def _read_weight(path: str, name: str | None) -> torch.Tensor:
+    from bitsandbytes.functional import QuantState
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            wanted = f"a tensor of {path}: {', '.join(n for n in names if '.weight' in n)[:200]}"
+            _need(name in names, "--tensor", name, wanted)
+            parts = {n: file.get_tensor(n) for n in names if n == name or n.startswith(f"{name}.")}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--storage: found {path} ({error}), need a safetensors file") from None
+    weight = parts.pop(name)
+    if parts:  # bitsandbytes' serialisation
+        weight = dequantize_nf4(weight, QuantState.from_dict(parts, "cpu"), dtype=torch.float32)
+    _need(weight.is_floating_point(), "--tensor", weight.dtype, "floats or an NF4 weight")
+    return weight
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _self_test() -> tuple[int, int]:
+    import pytest
+
+    class Count:
+        passed = 0
+
+        def pytest_runtest_logreport(self, report):
+            self.passed += report.when == "call" and report.passed
+
+    sys.modules["nf4_triton"] = sys.modules[__name__]  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    quiet += ["-W", "ignore"]
+    code = pytest.main([*quiet, __file__], [count := Count()])
+    return int(code != 0), count.passed
+
+
+def main(argv=None) -> int:
+    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=usage, formatter_class=style)
+    parser.add_argument("--test", action="store_true", help="the self-test alone")
+    parser.add_argument("--bench", action="store_true", help="the timings alone")
+    parser.add_argument("--json", metavar="PATH", help="also write the results as JSON")
+    parser.add_argument(
+        "--target", choices=[f"sm_{sm}" for sm in CHIPS], help="a chip to compile for"
+    )
+    parser.add_argument(
+        "--storage", nargs="?", const="", metavar="FILE", help="storage bounds (default: Gaussian)"
+    )
+    parser.add_argument("--tensor", metavar="NAME", help="the tensor of FILE")
+    args, seed, gpu = parser.parse_args(argv), 0, torch.cuda.is_available()
+    versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    device = torch.cuda.get_device_name() if gpu else "CPU"
+    print(
+        " | ".join(["nf4_triton", device, *(f"{k} {v}" for k, v in versions.items())]), flush=True
+    )
+    torch.manual_seed(seed)
+    results, head, code, checks = {}, {}, 0, 0
+    try:
+        if args.target:
+            print_target(int(args.target[3:]), results)
+        elif args.storage is not None:
+            weight = _read_weight(args.storage, args.tensor) if args.storage else torch.randn(2**22)
+            print_storage(weight, args.tensor or "Gaussian", results)
+        else:
+            code, checks = _self_test() if args.test or not args.bench else (0, 0)
+            if not code and (args.bench or not args.test):
+                head = bench_gpu(results) if gpu else bench_cpu(results)
+        if args.json:
+            part = Path(f"{args.json}.part")
+            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
+            part.replace(args.json)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"nf4_triton: {error}", file=sys.stderr)
+        code = 2
+    except ImportError as error:
+        print(
+            f"nf4_triton: found no {error.name}, need requirements.txt installed", file=sys.stderr
+        )
+        code = 77
+    figures = " ".join(f"{k}={v:.2f}" + ("" if k.endswith("us") else "x") for k, v in head.items())
+    print(f"RESULT nf4_triton {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
