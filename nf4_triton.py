@@ -1,20 +1,20 @@
 """NF4 to fp16, bf16 or fp32 in one Triton kernel, bit-equal to bitsandbytes' CUDA kernels.
 
-Problem: bitsandbytes keeps a QLoRA weight as 4-bit codes with a scale ("absmax") per 64 weights, and
-with double quantisation the scales are 8-bit codes too. Its dequantisation is three launches and two
+Problem: bitsandbytes keeps a QLoRA weight as 4-bit codes with a scale ("absmax") per 64 weights; with
+double quantisation the scales are 8-bit codes too. Its dequantisation is three launches and two
 temporary buffers: decode the scales, add their mean, decode the weights, twice per layer and step.
 
-Idea: four fifths of the bytes are the output, so the floor is a memset of it. A lane takes one 32-bit
+Idea: four fifths of the bytes are the output, so the floor is a memset of it. A lane takes a 32-bit
 word (8 weights of one block), decodes the block's scale itself and writes one 16-byte store.
-- The NF4 table lives in a warp's registers, entry i in lane i, read by `shfl.sync.idx` (inline PTX):
-  shfl uses 5 bits of its index and lanes 16-31 repeat the table, so a code needs a shift, no mask.
+- The NF4 table lives in a warp's registers, entry i in lane i, read by `shfl.sync.idx` (inline PTX).
+  shfl uses 5 bits of its index and lanes 16-31 repeat the table: a code needs a shift, no mask.
 - Codes are read once and the output is too large to stay: both are marked evict-first.
-- The launch goes to the driver (cuLaunchKernelEx, ctypes), from sm_90 on with programmatic dependent
-  launch, so a call costs the host a few microseconds and back-to-back launches overlap.
+- The launch goes to the driver (cuLaunchKernelEx, ctypes), from sm_90 on with programmatic
+  dependent launch: a call costs the host little and back-to-back launches overlap.
 - The scale takes two fp32 roundings as in bitsandbytes, so multiply-add fusion is off.
 
-Left out: FP4 (bitsandbytes does it), AMD and Intel GPUs, and products that never dequantise, which win
-for a few dozen rows (`patch_bitsandbytes` leaves those to bitsandbytes). Not run on a T4; `--target`
+Left out: FP4 (bitsandbytes does it), AMD and Intel GPUs, and products that never dequantise, which
+win for a few rows (`patch_bitsandbytes` leaves those to bitsandbytes). Not run on a T4: `--target`
 shows what can be shown without one. Run on an H200 and, through Triton's interpreter, on CPUs.
 
     python nf4_triton.py                  self-test, then timings; --test or --bench for one of them
@@ -241,17 +241,17 @@ def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_
 
 
 def _tile(numel: int) -> tuple[int, int]:
-    """(words per program, warps), the best of 9 on an H200 from 128 words on 2 warps to 2048 on 16, as
-    multiples of a memset's time: with 4 million weights 512 on 4 takes 1.06 and 1024 on 16 1.14; with
-    17, 59 and 235 million they take 1.14, 1.08, 1.06 and 1.10, 1.04, 1.03."""
+    """(words per program, warps), the best of 9 on an H200, 128 words on 2 warps to 2048 on 16. As
+    multiples of a memset's time: with 4 million weights 512 on 4 takes 1.06 and 1024 on 16 1.14;
+    with 17, 59 and 235 million they take 1.14, 1.08, 1.06 and 1.10, 1.04, 1.03."""
     return (512, 4) if numel < 2**23 else (1024, 16)
 
 
 @functools.cache
 def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, tile=(512, 4), ragged=False):
     """The Triton CompiledKernel for compute capability `sm` (75, 80, ...). Needs no GPU."""
-    if isinstance(_nf4_kernel, InterpretedFunction):
-        raise RuntimeError("TRITON_INTERPRET: found 1, need it unset before triton is imported")
+    ok = not isinstance(_nf4_kernel, InterpretedFunction)
+    _need(ok, "TRITON_INTERPRET", 1, "it unset when triton is imported", RuntimeError)
     constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": blocksize2, "WORDS": tile[0]}
     constants |= {"RAGGED": ragged, "SM": sm}
     types = ["*u8" if ragged else "*i32", "*u8" if blocksize2 else "*fp32", *["*fp32"] * 3]
@@ -264,7 +264,7 @@ def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, tile=(512, 4), ragge
 
 
 # --------------------------------------------------------------------------------------------------
-# The launch. On one H200's host Triton's CompiledKernel.run takes 8 us, this 5, of which the driver 4
+# The launch. On one H200's host Triton's CompiledKernel.run takes 8 us and this 5, the driver's 4 in it
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
@@ -380,10 +380,10 @@ def _remember(p: Packed, weight, state, identity) -> _Launch | None:
 
 
 def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor:
-    """The weight behind a bitsandbytes NF4 parameter, NF4[code] * (code2[absmax] * absmax2 + offset).
+    """The weight behind a bitsandbytes parameter, NF4[code] * (code2[absmax] * absmax2 + offset).
 
-    weight: codes in uint8, bf16, fp16 or fp32 storage, [n, 1] or, transposed, [1, n]. quant_state: its
-    bitsandbytes.functional.QuantState, nested or flat. out: contiguous, of quant_state.shape.
+    weight: codes in uint8, bf16, fp16 or fp32 storage, [n, 1] or, transposed, [1, n]. quant_state:
+    its bitsandbytes.functional.QuantState, nested or flat. out: contiguous, of quant_state.shape.
     dtype: fp16, bf16 or fp32 in place of quant_state.dtype.
     Returns quant_state.shape (its transpose for a transposed weight). On CUDA: one kernel on the
     current stream, the bits of bitsandbytes' CUDA kernels, no synchronisation, no other buffer. On
@@ -403,10 +403,12 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
             if state2 is not None:
                 state2 = state2.absmax.data_ptr(), id(state2.code), id(quant_state.offset)
             pointers = weight.data_ptr(), quant_state.absmax.data_ptr(), state2
-            identity = pointers, quant_state.dtype, dtype, quant_state.shape, quant_state.blocksize
+            as_dtype = dtype or quant_state.dtype
+            identity = pointers, as_dtype, quant_state.shape, quant_state.blocksize
             launch = _local.known.get(id(quant_state))
         except AttributeError:  # _unpack says what is wrong
             launch = identity = None
+        p = None
         if (
             launch is None
             or launch.identity != identity
@@ -417,7 +419,7 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
         if out is not None:
             _check_out(out, quant_state.shape, dtype or quant_state.dtype, weight.device)
         if launch is None or (out is not None and out.data_ptr() % 16):
-            out = _dequantize(_unpack(weight, quant_state, dtype), out)
+            out = _dequantize(p or _unpack(weight, quant_state, dtype), out)
             return out.t() if weight.shape[0] == 1 else out
         if torch._C._cuda_getDevice() != launch.index:
             with torch.cuda.device(launch.device):
@@ -462,8 +464,8 @@ def _matmul_4bit(A, B, quant_state, out=None, bias=None):
     """bitsandbytes.matmul_4bit; ours where it would decode in three launches and then multiply."""
     ours = A.is_cuda and out is None and getattr(quant_state, "quant_type", None) == "nf4"
     ours = ours and len(quant_state.shape) == 2 and A.shape[-1] == quant_state.shape[1]
-    # Few rows: bitsandbytes' fused 4-bit product is for those. On an H200 ours takes 1/1.4 to 1/1.7 of
-    # its time at 64 rows over seven shapes, 1.02 to 1/2.2 at 32; before sm_90 its own limit is 512.
+    # Few rows: bitsandbytes' fused 4-bit product is for those. On an H200 it takes 1.4 to 1.7 times
+    # ours at 64 rows over seven shapes and 0.98 to 2.2 at 32. Before sm_90 its own limit is 512.
     limit = 32 if ours and torch.cuda.get_device_capability(A.device)[0] >= 9 else 512
     if not ours or A.dtype not in DTYPES or A.numel() <= limit * A.shape[-1]:
         return patch_bitsandbytes.stock["matmul_4bit"](A, B, quant_state, out=out, bias=bias)
@@ -951,7 +953,7 @@ def _say(results, name, times, unit):
 
 
 def _graph_us(peers, layers, outs) -> dict:
-    """Median GPU microseconds a weight: a graph of one call a weight, so no launch cost, no warm L2."""
+    """Median GPU microseconds a weight of a graph of one call a weight: no launch cost, no warm L2."""
     graphs, times = {}, {name: [] for name in peers}
     for name, peer in peers.items():
         _of(peer, layers[0], outs[0])
@@ -1074,8 +1076,8 @@ def print_target(sm: int, results):
             f"sm_{sm} {name}, {tile[0]} words on {tile[1]} warps: {used['REG']} registers, "
             f"{used['SHARED']} B shared, {used['LOCAL'] + used['STACK']} B local, {each:.1f} SASS "
             f"instructions a weight, loads of {loads} bits, stores of {stores} bits\n"
-            f"    on a {chip}: memory {memory:.2f} ps a weight, issue {issue:.2f} ps (64 lanes a clock "
-            f"and SM at {clock / 1e9:.2f} GHz): bound by {bound}, {max(memory, issue) / other:.1f}x"
+            f"    on a {chip}: memory {memory:.2f} ps a weight, issue {issue:.2f} ps (64 lanes a "
+            f"clock and SM at {clock / 1e9:.2f} GHz): bound by {bound}, {max(memory, issue) / other:.1f}x"
         )
         results[f"sm_{sm} {name} {tile[0]}"] = {"instructions": each, "bound": bound, **used}
 
@@ -1086,8 +1088,8 @@ def _entropy(counts: torch.Tensor) -> float:
 
 
 def storage_bounds(weight, blocksize: int, nested: bool) -> tuple[float, float, float, float]:
-    """(bits stored, entropy of the codes, lossless bound, relative error) per weight. The bound codes
-    each weight given its block's scale (in 64 classes), and the nested scales' codes."""
+    """(bits stored, entropy of the codes, lossless bound, relative error) per weight. The bound
+    codes each weight given its block's scale (in 64 classes), and the nested scales' codes."""
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(weight, None, None, blocksize, nested, "nf4")
