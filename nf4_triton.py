@@ -1,12 +1,13 @@
 """NF4 to fp16, bf16 or fp32 in one Triton kernel, bit-equal to bitsandbytes' CUDA kernels.
 
-Problem: bitsandbytes keeps a QLoRA weight as 4-bit codes with a scale ("absmax") per 64 weights; with
-double quantisation the scales are 8-bit codes too. Its dequantisation is three launches and two
-temporary buffers: decode the scales, add their mean, decode the weights, twice per layer and step.
+Problem: bitsandbytes keeps a QLoRA weight as 4-bit codes with a scale ("absmax") per 64 weights;
+with double quantisation the scales are 8-bit codes too. Its dequantisation is three launches and
+two temporary buffers: decode the scales, add their mean, decode the weights, twice per layer and
+step.
 
 Idea: four fifths of the bytes are the output, so the floor is a memset of it. A lane takes a 32-bit
 word (8 weights of one block), decodes the block's scale itself and writes one 16-byte store.
-- The NF4 table lives in a warp's registers, entry i in lane i, read by `shfl.sync.idx` (inline PTX).
+- The NF4 table lives in a warp's registers, entry i in lane i, read by inline PTX `shfl.sync.idx`.
   shfl uses 5 bits of its index and lanes 16-31 repeat the table: a code needs a shift, no mask.
 - Codes are read once and the output is too large to stay: both are marked evict-first.
 - The launch goes to the driver (cuLaunchKernelEx, ctypes), from sm_90 on with programmatic
@@ -20,7 +21,7 @@ shows what can be shown without one. Run on an H200 and, through Triton's interp
     python nf4_triton.py                  self-test, then timings; --test or --bench for one of them
     python nf4_triton.py --target sm_75   registers, SASS and what bounds the kernel on a T4
     python nf4_triton.py --storage        how small 4-bit storage could get (or of FILE.safetensors)
-    compute-sanitizer --tool memcheck python nf4_triton.py --test           (or --tool racecheck)
+    compute-sanitizer --tool racecheck python -m pytest nf4_triton.py -k bits_equal    (or memcheck)
 
     from nf4_triton import dequantize_nf4, patch_bitsandbytes
     weight = dequantize_nf4(layer.weight, layer.weight.quant_state)
@@ -264,7 +265,7 @@ def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, tile=(512, 4), ragge
 
 
 # --------------------------------------------------------------------------------------------------
-# The launch. On one H200's host Triton's CompiledKernel.run takes 8 us and this 5, the driver's 4 in it
+# The launch. On one H200's host Triton's CompiledKernel.run takes 8 us, this 5 (the driver alone 4)
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
@@ -953,7 +954,7 @@ def _say(results, name, times, unit):
 
 
 def _graph_us(peers, layers, outs) -> dict:
-    """Median GPU microseconds a weight of a graph of one call a weight: no launch cost, no warm L2."""
+    """Median GPU microseconds a weight in a graph of one call each: no launch cost, no warm L2."""
     graphs, times = {}, {name: [] for name in peers}
     for name, peer in peers.items():
         _of(peer, layers[0], outs[0])
@@ -1077,7 +1078,8 @@ def print_target(sm: int, results):
             f"{used['SHARED']} B shared, {used['LOCAL'] + used['STACK']} B local, {each:.1f} SASS "
             f"instructions a weight, loads of {loads} bits, stores of {stores} bits\n"
             f"    on a {chip}: memory {memory:.2f} ps a weight, issue {issue:.2f} ps (64 lanes a "
-            f"clock and SM at {clock / 1e9:.2f} GHz): bound by {bound}, {max(memory, issue) / other:.1f}x"
+            f"clock and SM at {clock / 1e9:.2f} GHz): bound by {bound}, "
+            f"{max(memory, issue) / other:.1f}x"
         )
         results[f"sm_{sm} {name} {tile[0]}"] = {"instructions": each, "bound": bound, **used}
 
