@@ -363,10 +363,10 @@ class _Local(threading.local):  # a _Launch is not for two threads at once: ctyp
 
 
 _local = _Local()
-
-
-def _layout(weight) -> tuple:
-    return weight.nbytes, weight.is_contiguous(), weight.shape[0] == 1
+# Bound once: looked up in every call they cost 0.3 us. A CPU build of torch lacks two of them.
+_is_compiling, _plain_tensors = torch.compiler.is_compiling, torch._C.DisableTorchFunctionSubclass
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _remember(p: Packed, weight, state, identity) -> _Launch | None:
@@ -374,7 +374,11 @@ def _remember(p: Packed, weight, state, identity) -> _Launch | None:
         return None  # nothing to launch, or an old offset to be converted each time
     known, key = _local.known, id(state)
     launch = known[key] = _Launch(p)
-    launch.identity, launch.layout, launch.weight = identity, _layout(weight), weakref.ref(weight)
+    launch.weight, launch.transposed = weakref.ref(weight), weight.shape[0] == 1
+    launch.weight_ptr, launch.absmax_ptr = weight.data_ptr(), state.absmax.data_ptr()
+    launch.shape, launch.dtype, launch.state2 = state.shape, p.dtype, state.state2
+    launch.code2, launch.offset = p.code2, p.offset
+    launch.absmax2_ptr = p.absmax2.data_ptr() if p.absmax2 is not None else 0
     launch.state = weakref.ref(state, lambda _: known.pop(key, None))
     launch.small = p.code2, p.offset  # kept, so that their ids in `identity` stay theirs
     return launch
@@ -391,44 +395,49 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
     CPU: the same bits by PyTorch. In torch.compile: the operator nf4_triton::dequantize. ValueError
     or TypeError if weight, state and out do not fit together, for FP4 and for CPU-packed states.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         p = _unpack(weight, quant_state, dtype)
         result = torch.ops.nf4_triton.dequantize(*p)
         if out is not None:
             _check_out(out, p.shape, p.dtype, weight.device)
             result = out.copy_(result)
         return result.t() if weight.shape[0] == 1 else result
-    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's override costs 2 us per attribute
-        try:  # what a checked pair is known by: it stays good while all of this does
+    with _plain_tensors():  # Params4bit's own __torch_function__ costs 2 us per attribute
+        p, launch = None, _local.known.get(id(quant_state))
+        try:  # a checked pair stays good while all of this does
             state2 = quant_state.state2
-            if state2 is not None:
-                state2 = state2.absmax.data_ptr(), id(state2.code), id(quant_state.offset)
-            pointers = weight.data_ptr(), quant_state.absmax.data_ptr(), state2
-            as_dtype = dtype or quant_state.dtype
-            identity = pointers, as_dtype, quant_state.shape, quant_state.blocksize
-            launch = _local.known.get(id(quant_state))
-        except AttributeError:  # _unpack says what is wrong
-            launch = identity = None
-        p = None
-        if (
-            launch is None
-            or launch.identity != identity
-            or (launch.weight() is not weight and launch.layout != _layout(weight))
-        ):
+            hit = (
+                launch is not None
+                and launch.weight() is weight
+                and launch.weight_ptr == weight.data_ptr()
+                and launch.absmax_ptr == quant_state.absmax.data_ptr()
+                and launch.shape is quant_state.shape
+                and launch.dtype is (dtype or quant_state.dtype)
+                and state2 is launch.state2
+                and (
+                    state2 is None
+                    or launch.absmax2_ptr == state2.absmax.data_ptr()
+                    and launch.code2 is state2.code
+                    and launch.offset is quant_state.offset
+                )
+            )
+        except AttributeError:
+            hit = False
+        if not hit:
             p = _unpack(weight, quant_state, dtype)
-            launch = _remember(p, weight, quant_state, identity)
+            launch = _remember(p, weight, quant_state, dtype)
         if out is not None:
             _check_out(out, quant_state.shape, dtype or quant_state.dtype, weight.device)
         if launch is None or (out is not None and out.data_ptr() % 16):
             out = _dequantize(p or _unpack(weight, quant_state, dtype), out)
             return out.t() if weight.shape[0] == 1 else out
-        if torch._C._cuda_getDevice() != launch.index:
+        if _current_device() != launch.index:
             with torch.cuda.device(launch.device):
                 return dequantize_nf4(weight, quant_state, out, dtype=dtype)
         if out is None:
             out = launch.empty()
-        launch(out.data_ptr(), torch._C._cuda_getCurrentRawStream(launch.index))
-        return out.t() if launch.layout[2] else out
+        launch(out.data_ptr(), _current_stream(launch.index))
+        return out.t() if launch.transposed else out
 
 
 _OP = "nf4_triton::dequantize"
