@@ -580,15 +580,25 @@ def _expected(weight, state):
 
 def test_kernel_bits_under_interpreter():
     kernel, unused = InterpretedFunction(getattr(_nf4_kernel, "fn", _nf4_kernel)), torch.zeros(1)
-    for case in _cases(100):
-        p, words = _unpack(*_random_pair(*case)), (32, 64, 256)[case[0] % 3]
-        out = torch.full(p.shape, math.nan, dtype=p.dtype)
-        ragged = out.numel() % (words * 8) != 0 or case[0] % 2 == 0
+
+    def check(p, words, ragged, what):
+        numel = math.prod(p.shape)
+        space = torch.full((numel + words * 8,), math.nan, dtype=p.dtype)
+        ragged = numel % (words * 8) != 0 or ragged
         weight = p.weight.flatten().view(torch.uint8 if ragged else torch.int32)
-        args = [weight, *(unused if part is None else part for part in p[1:5]), out, out.numel()]
-        grid = (triton.cdiv(out.numel(), words * 8),)
+        args = [weight, *(unused if part is None else part for part in p[1:5]), space, numel]
+        grid = (triton.cdiv(numel, words * 8),)
         kernel[grid](*args, p.blocksize, p.blocksize2, words, ragged, 0)
-        assert _same(out, _dequantize_torch(p)), case
+        assert _same(space[:numel].view(p.shape), _dequantize_torch(p)), what
+        assert space[numel:].isnan().all(), what  # nothing written past the end
+
+    for case in _cases(100):
+        seed = case[0]
+        check(_unpack(*_random_pair(*case)), (32, 64, 256)[seed % 3], seed % 2 == 0, case)
+    # Halfway between two bf16 numbers, where only round-to-nearest-even is right: code 15 is 1.0
+    ties = (torch.arange(64, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
+    ones = torch.full((2048, 1), 255, dtype=torch.uint8)
+    check(Packed(ones, ties, None, None, None, 64, 0, (4096,), torch.bfloat16), 64, False, "ties")
 
 
 def test_reference_equals_bitsandbytes_on_cpu():
