@@ -149,9 +149,7 @@ def _check_out(out, shape, dtype, device):
 def _dequantize_torch(p: Packed) -> torch.Tensor:
     """fp32 products with every rounding where bitsandbytes' CUDA kernels have it."""
     numel, table = math.prod(p.shape), torch.tensor(NF4, device=p.weight.device)
-    pairs = torch.stack(
-        [table.repeat_interleave(16), table.repeat(16)], 1
-    )  # byte -> its two levels
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # byte: two levels
     values = pairs[p.weight.flatten().view(torch.uint8).int()].flatten()
     scale = p.absmax
     if p.blocksize2:
@@ -369,7 +367,7 @@ _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def _remember(p: Packed, weight, state, identity) -> _Launch | None:
+def _remember(p: Packed, weight, state) -> _Launch | None:
     if not (weight.is_cuda and p.shape and math.prod(p.shape) and p.offset is state.offset):
         return None  # nothing to launch, or an old offset to be converted each time
     known, key = _local.known, id(state)
@@ -380,7 +378,6 @@ def _remember(p: Packed, weight, state, identity) -> _Launch | None:
     launch.code2, launch.offset = p.code2, p.offset
     launch.absmax2_ptr = p.absmax2.data_ptr() if p.absmax2 is not None else 0
     launch.state = weakref.ref(state, lambda _: known.pop(key, None))
-    launch.small = p.code2, p.offset  # kept, so that their ids in `identity` stay theirs
     return launch
 
 
@@ -425,7 +422,7 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
             hit = False
         if not hit:
             p = _unpack(weight, quant_state, dtype)
-            launch = _remember(p, weight, quant_state, dtype)
+            launch = _remember(p, weight, quant_state)
         if out is not None:
             _check_out(out, quant_state.shape, dtype or quant_state.dtype, weight.device)
         if launch is None or (out is not None and out.data_ptr() % 16):
@@ -699,10 +696,8 @@ def _check_challenge(batch, length, hd, m, seed, dtype, device):
 
     torch.manual_seed(seed)
     gate, up, down = (_linear4bit(*io, dtype, device) for io in ((hd, m), (hd, m), (m, hd)))
-    layers, close = (
-        (up, gate, down),
-        functools.partial(torch.testing.assert_close, check_stride=True),
-    )
+    layers = up, gate, down
+    close = functools.partial(torch.testing.assert_close, check_stride=True)
     x = torch.randn(batch, length, hd, device=device, dtype=dtype)
     for _ in range(2):
         ups, gates, downs = weights = [_of(dequantize_nf4, layer).t() for layer in layers]
@@ -720,10 +715,8 @@ def test_challenge_mlp_and_strides():
 
 
 def test_linear4bit_gradients():
-    (weight, state), rng = (
-        _random_pair(6, (48, 64), torch.float32),
-        torch.Generator().manual_seed(0),
-    )
+    weight, state = _random_pair(6, (48, 64), torch.float32)
+    rng = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=rng) for shape in ((2, 5, 64), (48,), (2, 5, 48))]
     x, bias, upstream = (t.double().requires_grad_() for t in tensors)
     want = F.linear(x, _expected(weight, state).double(), bias)
@@ -903,18 +896,18 @@ def test_qlora_step_is_the_same_when_patched():
 # --------------------------------------------------------------------------------------------------
 # Timings
 
-SHAPES = (("Llama 1B up", 8192, 2048, torch.float16), ("challenge", 4096, 1024, torch.bfloat16))
-SHAPES += (
+SHAPES = (
+    ("Llama 1B up", 8192, 2048, torch.float16),
+    ("challenge", 4096, 1024, torch.bfloat16),
     ("Llama 8B up", 14336, 4096, torch.bfloat16),
     ("Llama 70B up", 28672, 8192, torch.bfloat16),
-)
-SHAPES += (("Llama 1B q", 2048, 2048, torch.bfloat16), ("Llama 8B q", 4096, 4096, torch.bfloat16))
-SHAPES += (
+    ("Llama 1B q", 2048, 2048, torch.bfloat16),
+    ("Llama 8B q", 4096, 4096, torch.bfloat16),
     ("Llama 70B q", 8192, 8192, torch.bfloat16),
     ("Qwen2.5 7B q", 3584, 3584, torch.bfloat16),
+    ("Qwen2.5 7B up", 18944, 3584, torch.bfloat16),
+    ("Gemma2 9B up", 14336, 3584, torch.bfloat16),
 )
-SHAPES += (("Qwen2.5 7B up", 18944, 3584, torch.bfloat16),)
-SHAPES += (("Gemma2 9B up", 14336, 3584, torch.bfloat16),)
 
 
 def _of(dequantize, layer, out=None):
@@ -933,10 +926,8 @@ def _reference(weight, state, out=None):
     lib.cdequantize_blockwise_fp32(*tensors, *sizes, stream)
     absmax += state.offset
     out = torch.empty(state.shape, dtype=state.dtype, device="cuda") if out is None else out
-    tensors, sizes = (
-        map(get_ptr, (weight, absmax, out)),
-        (int32(state.blocksize), int32(out.numel())),
-    )
+    tensors = map(get_ptr, (weight, absmax, out))
+    sizes = int32(state.blocksize), int32(out.numel())
     getattr(lib, f"cdequantize_blockwise_{DTYPES[state.dtype]}_nf4")(None, *tensors, *sizes, stream)
     return out
 
@@ -1016,7 +1007,8 @@ def bench_gpu(results) -> dict:
     times = _wall_us(patches, 50, step)  # before Unsloth is imported, which patches transformers
     _say(results, "QLoRA step, 4 layers of Llama 1B, 2048 tokens", times, "us")
     head = {"qlora_step": times["bitsandbytes"] / times["ours"]}
-    peers, total = _peers(), dict.fromkeys(_peers(), 0)
+    peers = _peers()
+    total = dict.fromkeys(peers, 0)
     for option in CHALLENGE:
         layers = _check_challenge(*option, "cuda")
         for name, peer in peers.items():
