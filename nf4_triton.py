@@ -321,23 +321,17 @@ class _Launch:
         tile = _tile(numel, sms)
         ragged = numel % (tile[0] * 8) != 0 or any(ptr % 16 for ptr in (*pointers, out_ptr))
         variant = (DTYPES[p.dtype], p.blocksize, p.blocksize2, tile, ragged)
-        self.driver, function, shared, overlap = _load(self.index, *variant)
+        driver, function, shared, overlap = _load(self.index, *variant)
         self.args = (ctypes.c_uint64 * 9)(*pointers, 0, numel)  # the last two: Triton's, unused
         base = ctypes.addressof(self.args)
         self.params = (ctypes.c_void_p * 9)(*range(base, base + 72, 8))
         self.overlap = _Attribute(6, 0, (ctypes.c_int * 16)(1))  # programmatic stream serialization
         attrs = (ctypes.addressof(self.overlap), 1) if overlap else (None, 0)
         sizes = (triton.cdiv(numel, tile[0] * 8), 1, 1, 32 * tile[1], 1, 1, shared)
-        self.config, self.stream = _Config(sizes, None, *attrs), None
+        self.config = _Config(sizes, None, *attrs)
         # Ready-made argument objects: converted from integers in each call they cost 0.1 us
-        self.at = ctypes.byref(self.config), function, ctypes.byref(self.params), None
-
-    def __call__(self, out_ptr: int, stream: int):
-        self.args[5] = out_ptr
-        if stream != self.stream:
-            self.stream = self.config.stream = stream
-        if code := self.driver(*self.at):
-            _check(code)
+        args = ctypes.byref(self.config), function, ctypes.byref(self.params), None
+        self.go = functools.partial(driver, *args)
 
 
 def _run(p: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -347,7 +341,10 @@ def _run(p: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.empty(p.shape, dtype=p.dtype, device=device) if out is None else out
     if out.numel():
         with torch.cuda.device(device):
-            _Launch(p, out.data_ptr())(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+            launch = _Launch(p, out.data_ptr())
+            launch.args[5] = out.data_ptr()
+            launch.config.stream = torch.cuda.current_stream().cuda_stream
+            _check(launch.go())
     return out
 
 
@@ -398,9 +395,13 @@ def _dequantize(weight, state, out, dtype):
         nested, (launch.weight_ptr, launch.absmax_ptr) = state.state2 or state, launch.args[:2]
         launch.nested_ptr, launch.code = nested.absmax.data_ptr(), nested.code
         launch.kind = (p.shape, p.dtype, weight.device, True, 0)
-        # What inductor's code allocates by, on the current device: 1.2 us, torch.empty takes 2.5
-        strides = torch.empty(p.shape, device="meta").stride()
-        launch.empty = functools.partial(_empty_strided, p.shape, strides, p.dtype)
+        # *shape: as one torch.Size it takes 8 us to parse, as numbers 2.5
+        launch.empty = functools.partial(torch.empty, *p.shape, dtype=p.dtype, device=weight.device)
+        if threading.current_thread() is threading.main_thread():
+            # What inductor's code allocates by, on the current device, takes 1.2. But it keeps the
+            # GIL while it calls CUDA, at which threads hang under compute-sanitizer's memcheck.
+            strides = torch.empty(p.shape, device="meta").stride()
+            launch.empty = functools.partial(_empty_strided, p.shape, strides, p.dtype)
     return out.t() if weight.shape[0] == 1 else out
 
 
@@ -442,7 +443,10 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
             kind = (out.shape, out.dtype, out.device, out.is_contiguous(), out.data_ptr() % 16)
             if kind != launch.kind:
                 return _dequantize(weight, quant_state, out, dtype)
-        launch(out.data_ptr(), _current_stream(launch.index))
+        launch.args[5] = out.data_ptr()
+        launch.config.stream = _current_stream(launch.index)
+        if code := launch.go():
+            _check(code)
         return out.t() if launch.transposed else out
 
 
