@@ -155,8 +155,9 @@ def _dequantize_torch(p: Packed) -> torch.Tensor:
         absmax2 = p.absmax2.repeat_interleave(p.blocksize2)[: scale.numel()]
         scale = p.code2[scale.int()] * absmax2 + p.offset
     full = scale.numel() * p.blocksize
-    values = F.pad(values[:full], (0, max(0, full - values.numel()))).view(-1, p.blocksize)
-    return values.mul_(scale[:, None]).flatten()[:numel].to(p.dtype).view(p.shape)
+    values = values[:full] if values.numel() >= full else F.pad(values, (0, full - values.numel()))
+    values = values.view(-1, p.blocksize).mul_(scale[:, None])
+    return values.flatten()[:numel].to(p.dtype).view(p.shape)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1118,14 +1119,16 @@ def print_storage(weight, name, results):
     print(f"Verdict for block 64, nested: at most {saves:.1%} smaller, so {verdict}.")
 
 
-def _read_weight(path: str, name: str) -> torch.Tensor:
+def _read_weight(path: str, name: str | None) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
+            found = name in file.keys()  # noqa: SIM118, not a dict
+            _need(found, "--tensor", name, f"one of {', '.join(file.keys())[:200]}")
             weight = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--storage {path} --tensor {name}: {error}") from None
+        raise ValueError(f"--storage: found {path} ({error}), need a safetensors file") from None
     _need(weight.is_floating_point(), "--tensor", weight.dtype, "a weight before quantisation")
     return weight
 
@@ -1142,7 +1145,8 @@ def _self_test() -> tuple[int, int]:
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
     plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
     code = pytest.main([*quiet, "-W", "ignore", __file__], plugins)
-    return int(code != 0), len(passed)
+    interrupted = code == pytest.ExitCode.INTERRUPTED
+    return 130 if interrupted else int(code != 0), len(passed)
 
 
 def main(argv=None) -> int:
@@ -1169,7 +1173,7 @@ def main(argv=None) -> int:
         if args.target:
             print_target(int(args.target[3:]), results)
         elif args.storage is not None:
-            weight = _read_weight(args.storage, str(args.tensor)) if args.storage else None
+            weight = _read_weight(args.storage, args.tensor) if args.storage else None
             weight = torch.randn(2**22) if weight is None else weight
             print_storage(weight, args.tensor or "Gaussian", results)
         else:
@@ -1180,6 +1184,8 @@ def main(argv=None) -> int:
             part = Path(f"{args.json}.part")
             part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
             part.replace(args.json)
+    except KeyboardInterrupt:
+        code = 130
     except AssertionError as error:
         print(f"nf4_triton: a check before the timings failed: {error}", file=sys.stderr)
         code = 1
