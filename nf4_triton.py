@@ -387,7 +387,7 @@ def _dequantize(weight, state, out, dtype):
         out = result if out is None else out.copy_(result)
     else:
         _run(p, out)
-    if not compiling and weight.is_cuda and out.numel() and p.offset is state.offset:
+    if not compiling and weight.is_cuda and p.shape and out.numel() and p.offset is state.offset:
         # To be launched at once next time. An old checkpoint's offset is converted each time.
         known, key, launch = _local.known, id(state), _Launch(p)
         known[key], launch.state = launch, weakref.ref(state, lambda _: known.pop(key, None))
