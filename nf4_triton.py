@@ -70,6 +70,7 @@ NF4 += (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
 NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
 NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / 16384  # read per weight: codes, absmax, absmax2 (64, nested 256)
 # Compute capability: published GPU, bytes/s, SMs, boost clock in Hz
 CHIPS = {75: ("T4", 320e9, 40, 1.59e9), 80: ("A100", 2039e9, 108, 1.41e9)}
 CHIPS |= {89: ("L4", 300e9, 58, 2.04e9), 90: ("H200", 4800e9, 132, 1.98e9)}
@@ -294,12 +295,16 @@ def _check(code: int):
         raise RuntimeError(f"CUDA driver: error {code}")
 
 
+def _runs_on(device: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 5)
+
+
 @functools.cache
 def _load(device: int, *variant):
     """(cuLaunchKernelEx, CUfunction, bytes of shared memory, overlap launches?) on `device`."""
     sm = torch.cuda.get_device_capability(device)
-    ok = torch.version.hip is None and sm >= (7, 5)
-    _need(ok, "GPU", f"compute capability {sm}", "an NVIDIA GPU of 7.5 or more", RuntimeError)
+    found, need = f"compute capability {sm}", "an NVIDIA GPU of 7.5 or more"
+    _need(_runs_on(device), "GPU", found, need, RuntimeError)
     cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     compiled = compile_kernel(sm[0] * 10 + sm[1], *variant)
     module, function, version = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
@@ -526,9 +531,8 @@ CHALLENGE += ((3, 2048, 4096, 14336, 3408, torch.bfloat16),)
 
 
 def _gpus() -> int:
-    """How many GPUs the kernel runs on here."""
-    ok = torch.cuda.is_available() and torch.version.hip is None
-    return torch.cuda.device_count() if ok and torch.cuda.get_device_capability() >= (7, 5) else 0
+    """How many GPUs there are, if the kernel runs on the first."""
+    return torch.cuda.device_count() if torch.cuda.is_available() and _runs_on(0) else 0
 
 
 def _skip_unless(gpus, gib=0):
@@ -947,8 +951,8 @@ def _memset(weight, state, out=None):
     return out.zero_()
 
 
-def _peers(layer) -> dict:
-    """Name -> function of (weight, quant_state, out), for what is installed and gives our bits."""
+def _peers() -> dict:
+    """Name -> function of (weight, quant_state, out), for what is installed."""
     import bitsandbytes.functional as bnb
     from peft.utils.integrations import dequantize_bnb_weight
 
@@ -961,13 +965,20 @@ def _peers(layer) -> dict:
 
         peers["unsloth"] = fast_dequantize
         peers["unsloth one buffer"] = functools.partial(fast_dequantize, use_global_buffer=True)
-    want = _of(dequantize_nf4, layer)
-    for name in peers.keys() - {"memset"}:
-        got = _of(peers[name], layer)
-        if not torch.equal(got if got.shape == want.shape else got.t(), want):
-            print(f"{name} gives other bits and is not timed")
-            del peers[name]
     return peers
+
+
+def _with_our_bits(peers, layer) -> dict:
+    """The peers, and the memset, without those whose result differs; the reference's must not."""
+    want, same = _of(dequantize_nf4, layer), {}
+    for name, peer in peers.items():
+        got = want if peer is _memset else _of(peer, layer)
+        if torch.equal(got if got.shape == want.shape else got.t(), want):
+            same[name] = peer
+        else:
+            print(f"{name} gives other bits and is not timed")
+    assert "reference" in same, "the challenge's reference gives other bits"
+    return same
 
 
 def _say(results, name, times, unit="us"):
@@ -1004,9 +1015,10 @@ def bench_gpu(results) -> dict:
     times = _wall_us(patches, 50, step)  # before Unsloth is imported, which patches transformers
     _say(results, "QLoRA step, 4 layers of Llama 1B, 2048 tokens", times)
     head, total = {"qlora_step": times["bitsandbytes"] / times["ours"]}, {}
-    peers = _peers(small := _linear4bit(256, 256, torch.bfloat16))
+    peers = _peers()
     for option in CHALLENGE:
         layers = _check_challenge(*option, "cuda")
+        peers = _with_our_bits(peers, layers[0])
 
         def round_of_three(peer, layers=layers):
             for layer in layers:
@@ -1020,7 +1032,7 @@ def bench_gpu(results) -> dict:
     ratios, timed = [], [p for p in peers if p in ("ours", "memset", "reference", "unsloth")]
     for name, shape in SHAPES.items():
         dtype = torch.float16 if name == "Llama 1B up" else torch.bfloat16
-        ideal, times = math.prod(shape) * (2.5 + 1 / 64 + 4 / 16384), {}
+        ideal, times = math.prod(shape) * (PACKED_BYTES + dtype.itemsize), {}
         layers = [_linear4bit(*shape[::-1], dtype) for _ in range(max(1, int(4e8 / ideal)))]
         outs = [torch.empty(shape, dtype=dtype, device="cuda") for _ in layers]
         for peer in timed:  # a graph of one call a weight: no launch cost, no warm L2
@@ -1031,12 +1043,13 @@ def bench_gpu(results) -> dict:
         name = f"kernel {name} {shape[0]}x{shape[1]} {DTYPES[dtype]}"
         _say(results, f"{name}: {rate:.0f} GB/s, {floor:.3f} memset", times)
         ratios.append(times.get("unsloth", math.nan) / times["ours"])
-    pair = small.weight, small.weight.quant_state
+    weight = _linear4bit(256, 256, torch.bfloat16).weight
+    pair = weight, weight.quant_state
     times = _wall_us(peers, 5000, lambda peer: peer(*pair, out=None))
     _say(results, "host cost of a call, GPU idle", times)
     torch.cuda.reset_peak_memory_stats()
-    before, weight = torch.cuda.memory_allocated(), dequantize_nf4(*pair)
-    beyond = torch.cuda.max_memory_allocated() - before - weight.nbytes
+    before, out = torch.cuda.memory_allocated(), dequantize_nf4(*pair)
+    beyond = torch.cuda.max_memory_allocated() - before - out.nbytes
     print(f"memory beyond the output: {beyond} bytes")
     head["challenge"] = total["reference"] / total["ours"]
     head |= {"floor": total["ours"] / total["memset"], "host_us": times["ours"]}
@@ -1071,7 +1084,7 @@ def print_target(sm: int, results):
             widths.get(op[:3], set()).add(int(bits[0]))
         loads, stores = (", ".join(map(str, sorted(bits))) for bits in widths.values())
         each = len(code) / (tile[0] * 8 // tile[1] // 32)
-        memory = (0.5 + 1 / 64 + 4 / 16384 + dtype.itemsize) / bandwidth * 1e12
+        memory = (PACKED_BYTES + dtype.itemsize) / bandwidth * 1e12
         issue = each / (sms * 64 * clock) * 1e12
         bound, ratio = "memory" if memory > issue else "instruction issue", memory / issue
         print(
