@@ -57,7 +57,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -66,6 +65,8 @@ from triton.testing import do_bench
 
 IGNORE = -100
 LOG2E = tl.constexpr(math.log2(math.e))
+NOTHING = tl.constexpr(-math.inf)  # of a column past the end
+KEEP, DROP = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # in the L2 cache
 # Rows of a chunk where dW is trained and summed in float32: each chunk reads and writes all of dW,
 # and a product over 4096 rows hides that (16384 x 4096 x 131072 on an H200: 27.1 ms, over 1024 rows
 # 38.8, over 512 rows 55). Where memory is given, MiB of logits: W frozen, dW in bf16, two passes.
@@ -219,14 +220,14 @@ def _smoothed(rows, weights, head):
 # fmt: off
 @triton.jit
 def _units(products_ptr, bias_ptr, at, mask, cap,
-           OTHER: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr):
+           OTHER: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr):
     """What a logit is a positive multiple of: the product, or tanh(product / softcap)."""
     if OTHER is None:  # no mask
-        u = tl.load(products_ptr + at).to(tl.float32)
+        u = tl.load(products_ptr + at, eviction_policy=KEEP).to(tl.float32)
         if BIAS:
             u += tl.load(bias_ptr + at).to(tl.float32)
     else:
-        u = tl.load(products_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(products_ptr + at, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
         if BIAS:
             u += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if CAP:  # tanh(v) = 2 / (1 + exp(-2v)) - 1
@@ -292,7 +293,8 @@ def _row_kernel(products_ptr, out_ptr, bias_ptr, labels_ptr, weight_ptr, loss_pt
     cap = -2.0 * LOG2E * scale / softcap
     slope = scale * post
     unit = LOG2E * (softcap * post if CAP else slope)  # log2 of exp(logit) per u
-    labelled = _units(products_ptr, bias_ptr, tl.where(here, local, 0), here, cap, 0.0, BIAS, CAP)
+    only = tl.where(here, local, 0)
+    labelled = _units(products_ptr, bias_ptr, only, here, cap, 0.0, "", BIAS, CAP)
     whole = cols // BLOCK * BLOCK
     if STATS:
         top = tl.full([BLOCK // 8], -1e30, tl.float32)
@@ -300,12 +302,12 @@ def _row_kernel(products_ptr, out_ptr, bias_ptr, labels_ptr, weight_ptr, loss_pt
         plain, weighted = total, total
         if live:
             for start in range(0, whole, BLOCK):
-                u = _units(products_ptr, bias_ptr, start + at, here, cap, None, BIAS, CAP)
+                u = _units(products_ptr, bias_ptr, start + at, here, cap, None, KEEP, BIAS, CAP)
                 top, total, plain, weighted = _online(
                     top, total, plain, weighted, u, unit, MEAN, ENTROPY)
             if whole < cols:
                 last = whole + at
-                u = _units(products_ptr, bias_ptr, last, last < cols, cap, -float("inf"), BIAS, CAP)
+                u = _units(products_ptr, bias_ptr, last, last < cols, cap, NOTHING, KEEP, BIAS, CAP)
                 top, total, plain, weighted = _online(
                     top, total, plain, weighted, u, unit, MEAN, ENTROPY)
         most = tl.max(top)
@@ -352,13 +354,14 @@ def _row_kernel(products_ptr, out_ptr, bias_ptr, labels_ptr, weight_ptr, loss_pt
         tl.debug_barrier()  # every warp has the label's product before one of them overwrites it
         if live:
             for start in range(0, whole, BLOCK):
-                u = _units(products_ptr, bias_ptr, start + at, here, cap, None, BIAS, CAP)
+                u = _units(products_ptr, bias_ptr, start + at, here, cap, None, DROP, BIAS, CAP)
                 grad = _gradient(
                     u, unit, lse2, g_lse, g_mean, g_entropy, expected, CAP, MEAN, ENTROPY)
-                tl.store(out_ptr + start + at, grad.to(out_ptr.dtype.element_ty))
+                tl.store(out_ptr + start + at, grad.to(out_ptr.dtype.element_ty),
+                         eviction_policy=DROP)
             if whole < cols:
                 inside = whole + at < cols
-                u = _units(products_ptr, bias_ptr, whole + at, inside, cap, 0.0, BIAS, CAP)
+                u = _units(products_ptr, bias_ptr, whole + at, inside, cap, 0.0, DROP, BIAS, CAP)
                 grad = _gradient(
                     u, unit, lse2, g_lse, g_mean, g_entropy, expected, CAP, MEAN, ENTROPY)
                 tl.store(out_ptr + whole + at, grad.to(out_ptr.dtype.element_ty), mask=inside)
@@ -383,17 +386,20 @@ def _scale_kernel(in_ptr, out_ptr, factor_ptr, numel, INSIDE: tl.constexpr):
 # fmt: on
 
 
-def _block(cols: int, itemsize: int) -> tuple[int, int]:
-    """(BLOCK, warps): bf16 8192 columns at a time by 16 warps; float32 2048 by 8: with more ptxas
-    spills two registers on one chip or another."""
-    most, each = (8192, 512) if itemsize == 2 else (2048, 256)
+def _block(cols: int, itemsize: int, wide: bool) -> tuple[int, int]:
+    """(BLOCK, warps): bf16 8192 columns at a time by 16 warps, float32 2048 by 8: with more ptxas
+    spills on one chip or another. `wide`, without options and from sm_90 on, takes 16384 by 32: one
+    row a multiprocessor, whose second reading finds the L2 (12% faster than 8192 on an H200)."""
+    most = (16384 if wide else 8192) if itemsize == 2 else 2048
     block = min(most, max(256, triton.next_power_of_2(cols)))
-    return block, block // each or 1
+    return block, block // (512 if itemsize == 2 else 256) or 1
 
 
 def _launch_rows(at, weights, loss, rows, grads, mean, entropy):
     """_row_kernel on `at`; Triton's interpreter takes tensors on a CPU too."""
-    block, warps = _block(at.products.shape[1], at.products.itemsize)
+    wide = at.products.is_cuda and torch.cuda.get_device_capability(at.products.device) >= (9, 0)
+    wide = wide and at.bias is None and not (at.head.softcap or mean or entropy)
+    block, warps = _block(at.products.shape[1], at.products.itemsize, wide)
     device = at.products.device
     out, head = at.products if at.out is None else at.out, at.head
     pointers = [at.products, out, at.bias, at.labels, weights, loss, *rows, *(grads or rows)]
@@ -1313,7 +1319,8 @@ def _gradients(out, inputs):
     upstream = torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out)
     options = {"retain_graph": True, "allow_unused": True}
     grads = torch.autograd.grad(out, inputs, upstream, **options)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
+    pairs = zip(grads, inputs, strict=True)  # cloned: a next backward must not reach them
+    return [torch.zeros_like(t) if g is None else g.clone() for g, t in pairs]
 
 
 def _run(x, weight, labels, loss):
@@ -1426,6 +1433,8 @@ def test_callers_that_compile_accumulate_or_scale():
         pairs = [_gradients(t, inputs) for t in (twice[0], twice[1] * scale)]
         _close(*pairs, 1e-5)
     # One graph for all lengths
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
     frames = CompileCounter()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=frames, dynamic=True)
@@ -1503,12 +1512,15 @@ def test_low_precision_is_no_worse_than_the_plain_path(device="cpu"):
                 for got, right, theirs in zip(run(way), want, own, strict=True):
                     factor = 1.5 if way is lean else 1.05
                     assert _error(got, right) <= factor * _error(theirs, right) + 1e-4, (way, dtype)
-    # fp16 products above 65504, and gradients far below its smallest number before the scale
-    x, weight, _, labels = _problem(64, 64, 100, torch.float16, device)
-    x, weight = ((t.detach() * 150).requires_grad_() for t in (x, weight))
-    assert (x @ weight.t()).isinf().any()
-    outs = [loss(x, weight, labels) * 1e-3 for loss in (linear_cross_entropy, exact)]
-    _close(*(_gradients(out, (x, weight)) for out in outs), 2e-2)
+    # fp16: products above 65504; and gradients of 1/tokens that without a scale are below 6e-8,
+    # as are those of the words from 100 on, which are no token's label
+    for shape, size, scale in (((64, 64, 100), 150, 1e-3), ((4096, 16, 2000), 1, 2.0**16)):
+        x, weight, _, labels = _problem(*shape, torch.float16, device)
+        x, weight = ((t.detach() * size).requires_grad_() for t in (x, weight))
+        assert size == 1 or (x @ weight.t()).isinf().any()
+        outs = [f(x, weight, labels.clamp(max=99)) * scale for f in (linear_cross_entropy, exact)]
+        got, want = ([g, w, w[100:]] for g, w in (_gradients(out, (x, weight)) for out in outs))
+        _close(got, want, 2e-2 if size > 1 else 5e-3)
 
 
 def test_logprobs_entropy_and_logsumexp():
@@ -1561,7 +1573,7 @@ def test_grpo_equals_the_naive_one():
     x, weight, _, _ = _problem(batch * tokens, d, v)
     x = x.detach().view(batch, tokens, d).requires_grad_()
     labels, mask = torch.randint(0, v, (batch, tokens)), torch.rand(batch, tokens) < 0.7
-    mask[2], advantages = False, torch.randn(batch)  # a completion of nothing
+    mask[2], advantages = False, torch.tensor([1.0, -1.5, 0.5, -0.7])  # 2: of nothing
     logits = (x @ weight.t()) / 0.9
     logp = torch.log_softmax(logits.detach(), -1).gather(-1, labels[..., None])[..., 0]
     old, ref = (logp + 0.4 * torch.randn(batch, tokens) for _ in range(2))
@@ -1807,7 +1819,7 @@ def _run_python(code, **env):
 
 def _compile_rows(sm, dtype, biased, flags):
     """_row_kernel for a compute capability; needs no GPU."""
-    block, warps = _block(2**17, 2 if dtype == "bf16" else 4)
+    block, warps = _block(2**17, 2 if dtype == "bf16" else 4, sm >= 90 and not biased)
     wide = "fp32" if dtype == "fp16" else dtype
     constants = [biased, biased, *flags, block]  # bias, softcap; stats, grads, mean, entropy; BLOCK
     types = [f"*{wide}", f"*{dtype}", "*fp32", "*i64", *["*fp32"] * 10, *["i32"] * 6, *["fp32"] * 5]
