@@ -1806,7 +1806,7 @@ def test_row_kernel():
     """On the GPU; without one in Triton's interpreter, which has to be chosen before the import."""
     if _gpu():
         return _check_kernel("cuda")
-    done = _run_python(f"import {__name__} as c; c._check_kernel('cpu')", TRITON_INTERPRET="1")
+    done = _run_python(f"import {Path(__file__).stem} as c; c._check_kernel('cpu')", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -1883,7 +1883,7 @@ def test_gpu_streams_without_synchronisation_and_compiled_callers():
 
 def test_labels_out_of_range_stop_the_gpu():
     _skip_unless_gpu()
-    code = f"import torch, {__name__} as c; x = torch.ones(4, 8, device='cuda')\n"
+    code = f"import torch, {Path(__file__).stem} as c; x = torch.ones(4, 8, device='cuda')\n"
     code += "c.linear_cross_entropy(x, x, torch.tensor([0, 1, 4, -100], device='cuda')).item()"
     done = _run_python(code)
     assert done.returncode and "label outside the vocabulary" in done.stderr + done.stdout
