@@ -69,8 +69,9 @@ NOTHING = tl.constexpr(-math.inf)  # of a column past the end
 KEEP, DROP = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # in the L2 cache
 # Rows of a chunk where dW is trained and summed in float32: each chunk reads and writes all of dW,
 # and a product over 4096 rows hides that (16384 x 4096 x 131072 on an H200: 27.1 ms, over 1024 rows
-# 38.8, over 512 rows 55). Where memory is given, MiB of logits: W frozen, dW in bf16, two passes.
-ROWS, FROZEN_MIB, LEAN_MIB, PASS_MIB, FEW_ROWS = 4096, 132, 512, 32, 192
+# 38.8, over 512 rows 55). Else MiB of a chunk's logits: W frozen, dW in bf16, second passes. Below
+# FEW_ROWS a second pass is faster than so many reads and writes of dW (Gemma: 75 ms for 108).
+ROWS, FROZEN_MIB, LEAN_MIB, PASS_MIB, FEW_ROWS = 5504, 132, 512, 32, 192
 LOGIT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}  # fp16: products in float32
 
 # --------------------------------------------------------------------------------------------------
@@ -483,7 +484,8 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
         rows = fit(LEAN_MIB if trained else FROZEN_MIB * max(1, 4096 / d))
         return _Plan(rows, False, trained and rows < min(FEW_ROWS, n))
     # dW's own memory is free until the sums are cast to it
-    rows, dw = min(ROWS, n), weight.numel() * weight.itemsize / 2**20
+    rows = min(ROWS, n) if torch.compiler.is_compiling() else _balanced(n, ROWS)
+    dw = weight.numel() * weight.itemsize / 2**20
     logits, sums = rows * v * size / 2**20, 2 * dw if low and rows < n else 0
     if budget_mib is None or max(sums, sums + logits - dw) < budget_mib:
         return _Plan(rows, sums > 0, False)
@@ -508,6 +510,14 @@ class _Room:
         wide = _even(cols)
         both = self.products, self.gradient
         return (t[: rows * wide].view(rows, wide)[:, :cols] for t in both)
+
+
+def _balanced(n, rows) -> int:
+    """At most `rows`, in as many chunks but of one size: a last chunk of few rows reads all of W."""
+    rows = max(1, min(rows, n))
+    even = -(-n // -(-n // rows)) if n else 1
+    step = 128 if even >= 512 else 8
+    return min(rows, -(-even // step) * step)
 
 
 def _chunks(n, size):
@@ -596,7 +606,7 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
     """sum(weights * loss), and its gradients by x, weight, bias, each to be multiplied by the last
     result. The loss is cross-entropy, or with a policy GRPO's."""
     n, v, head, (rows, sums, again) = len(x), len(weight), _Head(*head), plan
-    rows = min(rows, n)
+    rows = _balanced(n, rows)
     unit = torch.ones((), device=x.device)
     if x.dtype == torch.float16:  # weights of 1/tokens would leave its range: 32 at most
         unit = weights.abs().amax().clamp(min=1e-30) / 32 if n else unit
@@ -649,7 +659,7 @@ def _row_stats(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, head: Seq
                ignore: int, mean: bool, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse, label's logit, mean and entropy of each row; in chunks of rows and of the vocabulary."""
     n, v, w, head = len(x), len(weight), weight.to(x.dtype), _Head(*head)
-    rows = min(ROWS, n)
+    rows = _balanced(n, ROWS)
     cols = _fit(PASS_MIB, rows, LOGIT_BYTES[x.dtype], v)
     result, live = _new_stats(n, x.device), (labels != ignore).float()
     room = _Room(rows * _even(cols), x, gradient=False)
@@ -918,8 +928,8 @@ class _General(torch.autograd.Function):
                 _check_result(out, j)
                 pull_back = pull_back and (out.ndim == 0 or upstream is not None)
                 several = weight.itemsize == 2 and len(x) > ctx.rows
-                group = ROWS // ctx.rows * ctx.rows if several and ctx.needs[1] else 0
-                group = min(group, triton.cdiv(len(x), ctx.rows) * ctx.rows)
+                each = -(-len(x) // -(-len(x) // ROWS))  # rows of a product for dW, evenly
+                group = -(-each // ctx.rows) * ctx.rows if several and ctx.needs[1] else 0
                 sums = _Sums(x, weight, ctx.needs[:3], several, group) if pull_back else None
             if pull_back:
                 scale = torch.ones_like(out) if upstream is None else _part(upstream, i, j)
@@ -1806,7 +1816,9 @@ def test_row_kernel():
     """On the GPU; without one in Triton's interpreter, which has to be chosen before the import."""
     if _gpu():
         return _check_kernel("cuda")
-    done = _run_python(f"import {Path(__file__).stem} as c; c._check_kernel('cpu')", TRITON_INTERPRET="1")
+    done = _run_python(
+        f"import {Path(__file__).stem} as c; c._check_kernel('cpu')", TRITON_INTERPRET="1"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
