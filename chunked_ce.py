@@ -39,6 +39,7 @@ import json
 import math
 import os
 import pydoc_data.topics
+import random
 import re
 import statistics
 import subprocess
@@ -71,7 +72,7 @@ KEEP, DROP = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # in the L
 # and a product over 4096 rows hides that (16384 x 4096 x 131072 on an H200: 27.1 ms, over 1024 rows
 # 38.8, over 512 rows 55). Else MiB of a chunk's logits: W frozen, dW in bf16, second passes. Below
 # FEW_ROWS a second pass is faster than so many reads and writes of dW (Gemma: 75 ms for 108).
-ROWS, FROZEN_MIB, LEAN_MIB, PASS_MIB, FEW_ROWS = 5504, 132, 512, 32, 192
+ROWS, FROZEN_MIB, LEAN_MIB, PASS_MIB, FEW_ROWS = 4096, 132, 512, 32, 192
 LOGIT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}  # fp16: products in float32
 
 # --------------------------------------------------------------------------------------------------
@@ -513,7 +514,7 @@ class _Room:
 
 
 def _balanced(n, rows) -> int:
-    """At most `rows`, in as many chunks but of one size: a last chunk of few rows reads all of W."""
+    """At most `rows`, in as many chunks, of one size: a last one of few rows reads all of W too."""
     rows = max(1, min(rows, n))
     even = -(-n // -(-n // rows)) if n else 1
     step = 128 if even >= 512 else 8
@@ -2034,10 +2035,11 @@ def _products(x, weight, frozen):
 
 
 def _in_turns_ms(runs, turns=3) -> dict:
-    """Median milliseconds of each, over turns: a chip that throttles does so for all."""
+    """Median milliseconds over turns in changing order: what ran before heats or cools a chip."""
     times = {name: [] for name in runs}
-    for _, (name, run) in itertools.product(range(turns), runs.items()):
-        times[name].append(do_bench(run, warmup=50, rep=120, return_mode="median"))
+    for turn in range(turns):
+        for name in random.Random(turn).sample([*runs], len(runs)):
+            times[name].append(do_bench(runs[name], warmup=50, rep=120, return_mode="median"))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
