@@ -484,13 +484,13 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
     if not exact:
         rows = fit(LEAN_MIB if trained else FROZEN_MIB * max(1, 4096 / d))
         return _Plan(rows, False, trained and rows < min(FEW_ROWS, n))
-    # dW's own memory is free until the sums are cast to it
     rows = min(ROWS, n) if torch.compiler.is_compiling() else _balanced(n, ROWS)
     dw = weight.numel() * weight.itemsize / 2**20
     logits, sums = rows * v * size / 2**20, 2 * dw if low and rows < n else 0
-    if budget_mib is None or max(sums, sums + logits - dw) < budget_mib:
+    need = max(sums, sums + logits - dw) if sums else logits  # dW waits for the sums to be cast
+    if budget_mib is None or need < budget_mib:
         return _Plan(rows, sums > 0, False)
-    return _Plan(fit(0), False, sums > 0)
+    return _Plan(fit(0), False, low and fit(0) < n)
 
 
 def _even(cols):
@@ -561,8 +561,8 @@ class _Sums:
     """The gradients of x, weight and bias that are needed, from those of chunks of the products.
     The chunks are gathered until there are `group` rows of them: a product with few is slow."""
 
-    def __init__(self, x, weight, needs, sums, group=0):
-        self.x, self.w, self.needs, self.parts = x, weight.to(x.dtype), needs, []
+    def __init__(self, x, weight, w, needs, sums, group=0):
+        self.x, self.w, self.needs, self.parts = x, w, needs, []  # w: weight in x's dtype
         self.compiled, self.start = torch.compiler.is_compiling(), 0
         self.dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
         dtype = torch.float32 if sums else weight.dtype
@@ -612,7 +612,8 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
     if x.dtype == torch.float16:  # weights of 1/tokens would leave its range: 32 at most
         unit = weights.abs().amax().clamp(min=1e-30) / 32 if n else unit
         weights = weights / unit
-    total, mean = _Sums(x, weight, needs, sums), head.smoothing > 0
+    w, mean = weight.to(x.dtype), head.smoothing > 0
+    total = _Sums(x, weight, w, needs, sums)
     loss, stats = torch.zeros(n, device=x.device), _new_stats(n, x.device)
     grads = _new_stats(n, x.device) if policy else None
     cols = _fit(min(PASS_MIB, rows * v * LOGIT_BYTES[x.dtype] / 2**20), n, LOGIT_BYTES[x.dtype], v)
@@ -620,7 +621,7 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
     for i, j in _chunks(n, rows):
         p, g = room.get(j - i, v)
         at, part = _Rows(p, g, bias, labels[i:j], 0, v, ignore, head), _slice(stats, i, j)
-        _mm(x[i:j], total.w.t(), p)
+        _mm(x[i:j], w.t(), p)
         if policy:
             _run_rows(at, part)
             logp = part.picked - part.lse
@@ -638,7 +639,7 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
         grads = grads or _smoothed(stats, weights, head)[1]
         for a, b in _chunks(v, cols):
             p, g = room.get(n, b - a)
-            _mm(x, total.w[a:b].t(), p)
+            _mm(x, w[a:b].t(), p)
             at = _Rows(p, g, _part(bias, a, b), labels, a, v, ignore, head)
             _run_rows(at, stats, grads=grads, mean=mean)
             _mm(g.t(), x, total.dw[a:b])
@@ -931,7 +932,7 @@ class _General(torch.autograd.Function):
                 several = weight.itemsize == 2 and len(x) > ctx.rows
                 each = -(-len(x) // -(-len(x) // ROWS))  # rows of a product for dW, evenly
                 group = -(-each // ctx.rows) * ctx.rows if several and ctx.needs[1] else 0
-                sums = _Sums(x, weight, ctx.needs[:3], several, group) if pull_back else None
+                sums = _Sums(x, weight, w, ctx.needs[:3], several, group) if pull_back else None
             if pull_back:
                 scale = torch.ones_like(out) if upstream is None else _part(upstream, i, j)
                 by_logits, *by_part = pull(scale.to(out.dtype))
@@ -1532,6 +1533,20 @@ def test_low_precision_is_no_worse_than_the_plain_path(device="cpu"):
         outs = [f(x, weight, labels.clamp(max=99)) * scale for f in (linear_cross_entropy, exact)]
         got, want = ([g, w, w[100:]] for g, w in (_gradients(out, (x, weight)) for out in outs))
         _close(got, want, 2e-2 if size > 1 else 5e-3)
+
+
+def test_every_plan_sums_dw_in_float32():
+    """Unless asked for bf16; and with a budget no plan takes more memory than it."""
+    cases = itertools.product(
+        (1, 300, 5000, 20000), (64, 2048), (5003, 128256), (2, 64, 3000, None)
+    )
+    for (n, d, v, budget), exact in itertools.product(cases, (True, False)):
+        x, weight = (torch.empty(rows, d, dtype=torch.bfloat16, device="meta") for rows in (n, v))
+        plan = _plan(x, weight, True, None, budget, exact)
+        assert plan.rows >= n or plan.sums or plan.again or not exact
+        logits, sums = plan.rows * v * 2, v * d * 4 if plan.sums else 0
+        beyond = max(sums + logits - v * d * 2, sums) if sums else logits
+        assert budget is None or beyond <= budget * 2**20 or plan.rows == 1, (n, d, v, budget, plan)
 
 
 def test_logprobs_entropy_and_logsumexp():
