@@ -834,11 +834,12 @@ def _linearise(fn, logits, args, wanted):
     return out, pull
 
 
-def _check_result(out, rows):
+def _check_result(out, rows, ndim):
     _need(isinstance(out, Tensor), "fn's result", type(out), "a tensor", TypeError)
     _need(out.is_floating_point(), "fn's result", out.dtype, "a floating dtype", TypeError)
-    shapes = f"[{rows}] (a value per token) or [] (their sum)"
-    _need(tuple(out.shape) in ((), (rows,)), "fn's result", out.shape, shapes)
+    shapes = f"[{rows}] (a value per token) or [] (their sum), the same for all chunks"
+    ok = tuple(out.shape) in ((), (rows,)) and ndim in (None, out.ndim)
+    _need(ok, "fn's result", out.shape, shapes)
 
 
 def _check_graph(out, leaves):
@@ -926,8 +927,8 @@ class _General(torch.autograd.Function):
                 fn, at, logits = ctx.fn, wanted, _logits32(x[i:j], w, bias)
             out, pull = _linearise(fn, logits, part, at if pull_back else None)
             del logits
+            _check_result(out, j - i, outs[0].ndim if outs else None)
             if not i:
-                _check_result(out, j)
                 pull_back = pull_back and (out.ndim == 0 or upstream is not None)
                 several = weight.itemsize == 2 and len(x) > ctx.rows
                 each = -(-len(x) // -(-len(x) // ROWS))  # rows of a product for dW, evenly
@@ -1177,15 +1178,23 @@ def grpo_loss(
         ("epsilon_high", epsilon_high, loss_type == "cispo"),
     ):
         _need(value is not None or not wanted, name, None, f"it for {loss_type} and beta {beta}")
+    wants = {"beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+    wants |= {"max_completion_length": max_completion_length}
+    for name, value in wants.items():
+        if value is not None or name in ("beta", "epsilon"):
+            _need_number(name, value, 1 if name == "max_completion_length" else 0)
     _need(isinstance(advantages, Tensor), "advantages", type(advantages), "a tensor", TypeError)
-    advantages = advantages[:, None].expand(x.shape[:2]) if advantages.ndim == 1 else advantages
+    if advantages.ndim == 1:
+        _need_tensor("advantages", advantages, x.device, x.shape[:1])
+        advantages = advantages[:, None].expand(x.shape[:2])
+    _need_tensor("mask", mask, x.device, x.shape[:2])
     floats = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     floats |= {"mask": mask}
     _need_tensor("labels", labels, x.device, x.shape[:2])
     for name, tensor in floats.items():
         if tensor is not None:
             _need_tensor(name, tensor, x.device, x.shape[:2])
-            floats[name] = tensor.detach().float()
+            floats[name] = torch.where(mask != 0, tensor.detach().float(), 0)  # no -inf * 0
     advantages, old, ref, mask = floats.values()
     labels = _check_labels(torch.where(mask != 0, labels, IGNORE), x, len(weight), IGNORE)
     weights = mask / (mask.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else 1)
@@ -1603,7 +1612,8 @@ def test_grpo_equals_the_naive_one():
     logits = (x @ weight.t()) / 0.9
     logp = torch.log_softmax(logits.detach(), -1).gather(-1, labels[..., None])[..., 0]
     old, ref = (logp + 0.4 * torch.randn(batch, tokens) for _ in range(2))
-    unseen = torch.where(mask, labels, v + 5)  # where nothing counts labels are not looked at
+    unseen = torch.where(mask, labels, v + 5)  # where nothing counts nothing is looked at
+    old_unseen = torch.where(mask, old, -math.inf)
     levels = "token", "sequence"
     for kind, level, off, beta, delta in itertools.product(
         LOSS_TYPES, levels, (None, old), (0.0, 0.1), (None, 1.3)
@@ -1612,7 +1622,8 @@ def test_grpo_equals_the_naive_one():
         policy = beta, 0.2, high, delta
         naive = labels, advantages, mask.float(), off, ref, policy, kind, level, 16
         want = _naive_grpo(logits, *naive)
-        options = {"old_logprobs": off, "ref_logprobs": ref, "beta": beta, "delta": delta}
+        options = {"old_logprobs": None if off is None else old_unseen, "ref_logprobs": ref}
+        options |= {"beta": beta, "delta": delta}
         options |= {"epsilon_high": high, "loss_type": kind, "importance_sampling_level": level}
         options |= {"max_completion_length": 16, "num_items": torch.tensor(16.0), "chunk": 8}
         run = lambda o=options: grpo_loss(x, weight, unseen, advantages, mask, temperature=0.9, **o)
@@ -1770,6 +1781,8 @@ def test_errors_name_what_was_found_and_needed():
     ):
         with _raises(kind, words):
             function(*given)
+    with _raises(ValueError, "fn's result: found shape [], need [1]"):  # of a last chunk of one
+        general(x, weight, lambda logits: logits.sum(1).squeeze(), chunk=22)
     for kind, words, option in (
         (ValueError, "chunk: found 0, need 1 or more", {"chunk": 0}),
         (TypeError, "chunk: found 2.5, need an integer", {"chunk": 2.5}),
@@ -1790,6 +1803,7 @@ def test_errors_name_what_was_found_and_needed():
         ("num_items: found None, need it for dapo", {"loss_type": "dapo"}),
         ("old_logprobs: found shape [23], need shape [1, 23]", {"old_logprobs": mask[0]}),
         ("temperature: found 0, need more than 0", {"temperature": 0}),
+        ("epsilon: found -1, need 0 or more", {"epsilon": -1}),
     ):
         with _raises(ValueError, words):
             grpo_loss(x, weight, labels, torch.ones(1), mask, **option)
