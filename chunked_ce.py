@@ -192,7 +192,8 @@ def _rows_torch(at, weights, loss, rows, grads):
         rows.lse.copy_(torch.where(live, logits.logsumexp(1), 0))
         rows.picked.copy_(torch.where(here, logits.gather(1, local)[:, 0], 0))
         rows.mean.copy_(torch.where(live, logits.sum(1) / vocab, 0))
-        expected = (torch.softmax(logits, 1) * logits).sum(1)
+        p = torch.softmax(logits, 1)
+        expected = torch.where(p > 0, p * logits, 0).sum(1)
         rows.entropy.copy_(torch.where(live, rows.lse - expected, 0))
     if weights is not None:
         value, grads = _smoothed(rows, weights, head)
@@ -201,6 +202,7 @@ def _rows_torch(at, weights, loss, rows, grads):
         p = torch.exp(logits - torch.where(live, rows.lse, math.inf)[:, None])
         surprise = logits - (rows.lse - rows.entropy)[:, None]
         grad = p * (grads.lse[:, None] - grads.entropy[:, None] * surprise)
+        grad = torch.where(p > 0, grad, 0)
         grad += (grads.mean / vocab)[:, None]
         grad.scatter_add_(1, local, torch.where(here, grads.picked, 0)[:, None])
         out.copy_(torch.where(live[:, None], grad * slope, 0))
@@ -209,7 +211,8 @@ def _rows_torch(at, weights, loss, rows, grads):
 def _smoothed(rows, weights, head):
     """Cross-entropy with label smoothing and z-loss from a row's stats: (loss, gradients)."""
     e, z = head.smoothing, head.z_loss
-    loss = rows.lse - (1 - e) * rows.picked - e * rows.mean + z * rows.lse**2
+    loss = rows.lse - (1 - e) * rows.picked + z * rows.lse**2
+    loss = loss - e * rows.mean if e else loss  # 0 * -inf where a bias masks words
     by_lse = weights * (1 + 2 * z * rows.lse)
     zero = torch.zeros_like(weights)
     return loss * weights, _Stats(by_lse, (e - 1) * weights, -e * weights, zero)
@@ -404,7 +407,17 @@ def _launch_rows(at, weights, loss, rows, grads, mean, entropy):
     block, warps = _block(at.products.shape[1], at.products.itemsize, wide)
     device = at.products.device
     out, head = at.products if at.out is None else at.out, at.head
-    pointers = [at.products, out, at.bias, at.labels, weights, loss, *rows, *(grads or rows)]
+    bias = None if at.bias is None else at.bias.contiguous()
+    pointers = [
+        at.products,
+        out,
+        bias,
+        at.labels.contiguous(),
+        weights,
+        loss,
+        *rows,
+        *(grads or rows),
+    ]
     pointers = [rows.lse if p is None else p for p in pointers]
     numbers = [at.products.stride(0), out.stride(0), at.products.shape[1], *at[4:7]]
     numbers += [head.scale, head.softcap or 1.0, head.post, head.smoothing, head.z_loss]
@@ -445,10 +458,11 @@ def _mm(a, b, out):
 
 
 def _product(a, b, dtype):
-    """a @ b as `dtype`, with float32 sums."""
-    if dtype == a.dtype:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a.to(dtype), b.to(dtype))
+    """a @ b as `dtype`, with float32 sums, whatever autocast holds."""
+    with torch.autocast(a.device.type, enabled=False):
+        if dtype == a.dtype:
+            return torch.mm(a, b)
+        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
 def _addmm(out, a, b):
@@ -478,9 +492,10 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
     (v, d), size, low = weight.shape, LOGIT_BYTES[x.dtype], weight.itemsize == 2
     n = 2**40 if torch.compiler.is_compiling() else len(x)  # one graph for all lengths
     exact = trained and (exact or weight.dtype != torch.bfloat16)
+    half = trained and x.dtype == torch.float16  # not scaled back yet, dW may be above 65504
     fit = lambda mib: _fit((budget_mib or mib + 1) - 1, v, size, n)
     if chunk is not None:
-        return _Plan(min(chunk, n), exact and low and chunk < n, False)
+        return _Plan(min(chunk, n), half or (exact and low and chunk < n), False)
     if not exact:
         rows = fit(LEAN_MIB if trained else FROZEN_MIB * max(1, 4096 / d))
         return _Plan(rows, False, trained and rows < min(FEW_ROWS, n))
@@ -489,8 +504,8 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
     logits, sums = rows * v * size / 2**20, 2 * dw if low and rows < n else 0
     need = max(sums, sums + logits - dw) if sums else logits  # dW waits for the sums to be cast
     if budget_mib is None or need < budget_mib:
-        return _Plan(rows, sums > 0, False)
-    return _Plan(fit(0), False, low and fit(0) < n)
+        return _Plan(rows, half or sums > 0, False)
+    return _Plan(fit(0), half, low and fit(0) < n)
 
 
 def _even(cols):
@@ -838,7 +853,8 @@ def _check_result(out, rows, ndim):
     _need(isinstance(out, Tensor), "fn's result", type(out), "a tensor", TypeError)
     _need(out.is_floating_point(), "fn's result", out.dtype, "a floating dtype", TypeError)
     shapes = f"[{rows}] (a value per token) or [] (their sum), the same for all chunks"
-    ok = tuple(out.shape) in ((), (rows,)) and ndim in (None, out.ndim)
+    ok = out.ndim == 0 or out.ndim == 1 and out.shape[0] == rows
+    ok = ok and ndim in (None, out.ndim)
     _need(ok, "fn's result", out.shape, shapes)
 
 
@@ -1014,7 +1030,8 @@ def _scalar_loss(x, weight, bias, labels, weights, head, ignore, sizes, policy=(
         logp = stats.picked - stats.lse
         ratio = torch.zeros_like(logp) if old is None else logp - old
         return (_policy(logp, ratio, advantages, ref, policy)[0] * weights).sum()
-    plan = list(_plan(x, weight, needs[1], *sizes))
+    rows, sums, again = _plan(x, weight, needs[1], *sizes)
+    plan = [rows, int(sums), int(again)]
     tensors = (x, weight, bias, labels, weights, advantages, old, ref)
     return _ScalarLoss.apply(*tensors, list(head), list(policy), ignore, plan, needs)
 
@@ -1177,7 +1194,7 @@ def grpo_loss(
         ("num_items", num_items, loss_type in ("dapo", "cispo")),
         ("epsilon_high", epsilon_high, loss_type == "cispo"),
     ):
-        _need(value is not None or not wanted, name, None, f"it for {loss_type} and beta {beta}")
+        _need(value is not None or not wanted, name, None, "it for this loss_type or beta")
     wants = {"beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
     wants |= {"max_completion_length": max_completion_length}
     for name, value in wants.items():
@@ -1224,7 +1241,8 @@ def patch_causal_lm(model, check: bool = True):
     generate() works. Softcaps and logit scales are read from the config (Gemma, Cohere, Granite);
     tied heads, heads with a bias, and heads with LoRA (merged form, no dropout) work. `check`
     runs one short batch through both forwards and raises ValueError if the losses differ: the model
-    then does something else with its logits. Returns model; `del model.forward` undoes it.
+    then does something else with its logits. Returns model; `del model.forward` undoes it (of a
+    PEFT model, of its base). A deep copy runs the original: patch the copy anew.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, config, stock = base.get_output_embeddings(), base.config, base.forward
@@ -1249,6 +1267,7 @@ def patch_causal_lm(model, check: bool = True):
         outputs = base.model(**given)
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=ignore)[..., 1:]
+        head = base.get_output_embeddings()  # of now: it may have been resized or given LoRA
         hidden, weight = outputs.last_hidden_state, _head_weight(head)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
@@ -1262,10 +1281,14 @@ def patch_causal_lm(model, check: bool = True):
 
     if check:
         ids = torch.arange(1, 9, device=base.device)[None] % config.get_text_config().vocab_size
-        training = base.training
-        with torch.no_grad():
-            want, got = (f(input_ids=ids, labels=ids).loss for f in (base.eval().forward, forward))
-        base.train(training)
+        modes = {module: module.training for module in base.modules()}
+        try:
+            with torch.no_grad():
+                ways = base.eval().forward, forward
+                want, got = (way(input_ids=ids, labels=ids).loss for way in ways)
+        finally:
+            for module, training in modes.items():
+                module.training = training
         close = torch.allclose(want.float(), got.float(), rtol=2e-2)
         found = f"a loss of {got.item():.4f} for {want.item():.4f}"
         _need(close, type(base).__name__, found, "a head that is a linear layer and a loss on it")
@@ -1286,8 +1309,12 @@ def _head_weight(head) -> Tensor:
         return weight
     for name in head.active_adapters:
         if name in head.lora_A:
-            dropped = getattr(head.lora_dropout[name], "p", 0) and head.training
-            _need(not dropped, "LoRA on the head", f"dropout {dropped}", "0, for its merged form")
+            p = getattr(head.lora_dropout[name], "p", 0)
+            ok = not (p and head.training)
+            _need(ok, "LoRA on the head", f"dropout {p}", "0, for its merged form")
+            for kind in ("use_dora", "lora_bias"):
+                on = getattr(head, kind, {}).get(name)
+                _need(not on, "LoRA on the head", f"{kind} {on}", "plain LoRA, for its merged form")
             delta = head.lora_B[name].weight @ head.lora_A[name].weight * head.scaling[name]
             weight = weight + delta.to(weight.dtype)
     return weight
@@ -1462,6 +1489,18 @@ def test_callers_that_compile_accumulate_or_scale():
     for n in (40, 24, 33, 7):
         compiled(x[:n].detach().requires_grad_(), weight, labels[:n].clone()).backward()
     assert frames.frame_count == 1, frames.frame_count
+    policy = functools.partial(grpo_loss, advantages=torch.ones(1), beta=0.1)
+    seven = functools.partial(_general, chunk=7, fn=_nll)
+    fixed = weight.detach()
+    frozen = lambda x, y: linear_cross_entropy(x, fixed, y, chunk=16)
+    grpo = lambda x, y: policy(x[None], weight, y[None], mask=y[None] * 0 + 1, ref_logprobs=y[None])
+    for loss in (lambda x, y: seven(x, weight, y), frozen, grpo):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+        for n in (40, 24, 9):
+            part, y = x[:n].detach().requires_grad_(), labels[:n].clamp(min=0)
+            outs = [way(part, y).sum() for way in (compiled, loss)]
+            _close(*([out, *torch.autograd.grad(out, part)] for out in outs), 1e-5)
     # Autocast: products in bf16, dW of a float32 weight in float32
     with torch.autocast("cpu", torch.bfloat16):
         outs = [linear_cross_entropy(x, weight, labels, chunk=16)]
@@ -1507,6 +1546,12 @@ def test_cross_entropy_equals_the_definition():
         grads = _gradients(got, inputs)
         _close([got, *grads], [want, *_gradients(want, inputs)], 1e-5, options)
         _close(_gradients(got, inputs), grads, 0)  # a second backward of the same graph
+    # Views with strides, and a bias that masks words out
+    bias = torch.where(torch.arange(101) < 90, bias.detach(), -math.inf)
+    both = torch.stack([labels, labels]).clamp(max=89).t(), torch.stack([bias, bias]).t()
+    got = linear_cross_entropy(x, weight, both[0][:, 1], bias=both[1][:, 1])
+    want = F.cross_entropy(x @ weight.t() + bias, both[0][:, 0])
+    _close([got, *_gradients(got, inputs[:2])], [want, *_gradients(want, inputs[:2])], 1e-5)
     # No label that counts: loss 0, gradients 0, and what is not finite is not looked at
     nothing = torch.full_like(labels, IGNORE)
     for value, chunk, reduction in itertools.product((0.0, math.nan), (None, 5), reduce):
@@ -1799,8 +1844,8 @@ def test_errors_name_what_was_found_and_needed():
     x, labels, mask = x.view(1, 23, 8), labels.view(1, 23).clamp(min=0), torch.ones(1, 23)
     for words, option in (
         ("loss_type: found ppo, need one of grpo", {"loss_type": "ppo"}),
-        ("ref_logprobs: found None, need it for grpo and beta 0.1", {"beta": 0.1}),
-        ("num_items: found None, need it for dapo", {"loss_type": "dapo"}),
+        ("ref_logprobs: found None, need it for this loss_type", {"beta": 0.1}),
+        ("num_items: found None, need it for this loss_type", {"loss_type": "dapo"}),
         ("old_logprobs: found shape [23], need shape [1, 23]", {"old_logprobs": mask[0]}),
         ("temperature: found 0, need more than 0", {"temperature": 0}),
         ("epsilon: found -1, need 0 or more", {"epsilon": -1}),
