@@ -180,7 +180,7 @@ class _Rows(NamedTuple):
     head: _Head
 
 
-def _rows_torch(at, weights, loss, rows, grads):
+def _rows_torch(at, weights, loss, rows, grads, mean, entropy):
     """What _row_kernel does, in plain PyTorch: the definition, and the CPU's path."""
     products, out, bias, labels, first, vocab, ignore, head = at
     logits, slope = _logits_torch(products, bias, head)
@@ -191,19 +191,23 @@ def _rows_torch(at, weights, loss, rows, grads):
     if grads is None or weights is not None:
         rows.lse.copy_(torch.where(live, logits.logsumexp(1), 0))
         rows.picked.copy_(torch.where(here, logits.gather(1, local)[:, 0], 0))
-        rows.mean.copy_(torch.where(live, logits.sum(1) / vocab, 0))
-        p = torch.softmax(logits, 1)
-        expected = torch.where(p > 0, p * logits, 0).sum(1)
-        rows.entropy.copy_(torch.where(live, rows.lse - expected, 0))
+        if mean:
+            rows.mean.copy_(torch.where(live, logits.sum(1) / vocab, 0))
+        if entropy:
+            p = torch.softmax(logits, 1)
+            expected = torch.where(p > 0, p * logits, 0).sum(1)
+            rows.entropy.copy_(torch.where(live, rows.lse - expected, 0))
     if weights is not None:
         value, grads = _smoothed(rows, weights, head)
         loss.copy_(value)
     if grads is not None:
         p = torch.exp(logits - torch.where(live, rows.lse, math.inf)[:, None])
-        surprise = logits - (rows.lse - rows.entropy)[:, None]
-        grad = p * (grads.lse[:, None] - grads.entropy[:, None] * surprise)
-        grad = torch.where(p > 0, grad, 0)
-        grad += (grads.mean / vocab)[:, None]
+        grad = p * grads.lse[:, None]
+        if entropy:
+            surprise = logits - (rows.lse - rows.entropy)[:, None]
+            grad -= torch.where(p > 0, p * grads.entropy[:, None] * surprise, 0)
+        if mean:
+            grad += (grads.mean / vocab)[:, None]
         grad.scatter_add_(1, local, torch.where(here, grads.picked, 0)[:, None])
         out.copy_(torch.where(live[:, None], grad * slope, 0))
 
@@ -283,7 +287,7 @@ def _row_kernel(products_ptr, out_ptr, bias_ptr, labels_ptr, weight_ptr, loss_pt
                 MEAN: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     # A program per row. STATS fills lse, picked, mean and entropy; GRADS writes the gradient; both
     # together are the cross-entropy, whose coefficients need no gradients from outside.
-    # Instructions bind here (memory allows about 25 a logit): whole blocks go without masks, exp2
+    # 13 instructions a logit, where memory allows about 25: whole blocks go without masks, exp2
     # takes one fused multiply-add, and the label's column is mended at the end.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
@@ -407,27 +411,15 @@ def _launch_rows(at, weights, loss, rows, grads, mean, entropy):
     block, warps = _block(at.products.shape[1], at.products.itemsize, wide)
     device = at.products.device
     out, head = at.products if at.out is None else at.out, at.head
-    bias = None if at.bias is None else at.bias.contiguous()
-    pointers = [
-        at.products,
-        out,
-        bias,
-        at.labels.contiguous(),
-        weights,
-        loss,
-        *rows,
-        *(grads or rows),
-    ]
+    bias, labels = None if at.bias is None else at.bias.contiguous(), at.labels.contiguous()
+    pointers = [at.products, out, bias, labels, weights, loss, *rows, *(grads or rows)]
     pointers = [rows.lse if p is None else p for p in pointers]
     numbers = [at.products.stride(0), out.stride(0), at.products.shape[1], *at[4:7]]
     numbers += [head.scale, head.softcap or 1.0, head.post, head.smoothing, head.z_loss]
     flags = [at.bias is not None, head.softcap > 0, grads is None]
     flags += [grads is not None or weights is not None, mean, entropy, block]
-    options = {
-        "num_warps": warps,
-        "debug": True,
-        "sanitize_overflow": False,
-    }  # debug: the assertion
+    # debug is for the label's assertion
+    options = {"num_warps": warps, "debug": True, "sanitize_overflow": False}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _row_kernel[(len(at.products),)](*pointers, *numbers, *flags, **options)
 
@@ -435,10 +427,8 @@ def _launch_rows(at, weights, loss, rows, grads, mean, entropy):
 def _run_rows(at, rows, weights=None, loss=None, grads=None, mean=False, entropy=False):
     """Statistics of the rows into `rows`; or from `grads` the products' gradient into at.out; or
     with `weights` both, and `loss`: the cross-entropy."""
-    if at.products.device.type == "cpu":
-        _rows_torch(at, weights, loss, rows, grads)
-    else:
-        _launch_rows(at, weights, loss, rows, grads, mean, entropy)
+    run = _rows_torch if at.products.device.type == "cpu" else _launch_rows
+    run(at, weights, loss, rows, grads, mean, entropy)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -553,6 +543,11 @@ def _slice(rows, i, j):
     return _Stats(*(t[i:j] for t in rows))
 
 
+def _log_ratio(logp, old):
+    """Without old log-probabilities the policy is its own old one: 0, with logp's gradient."""
+    return logp - (logp.detach() if old is None else old)
+
+
 def _policy(logp, log_ratio, advantages, ref, policy):
     """Of each token: GRPO's loss, and its derivative by logp where log_ratio is logp - old."""
     beta, low, high, delta, cispo = policy
@@ -640,9 +635,8 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
         if policy:
             _run_rows(at, part)
             logp = part.picked - part.lse
-            ratio = torch.zeros_like(logp) if old is None else logp - old[i:j]
-            by_ref = None if ref is None else ref[i:j]
-            value, slope = _policy(logp, ratio, advantages[i:j], by_ref, policy)
+            terms = _log_ratio(logp, _part(old, i, j)), advantages[i:j], _part(ref, i, j)
+            value, slope = _policy(logp, *terms, policy)
             loss[i:j] = value * weights[i:j]
             grads.picked[i:j] = slope * weights[i:j]
             grads.lse[i:j] = -grads.picked[i:j]
@@ -716,7 +710,7 @@ def _stats_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, lse: Te
     n, v, w, head = len(x), len(weight), weight.to(x.dtype), _Head(*head)
     grads, stats = _Stats(by_lse, by_picked, by_mean, by_entropy), _Stats(lse, lse, lse, entropies)
     size, (need_x, need_w, need_b) = LOGIT_BYTES[x.dtype], needs
-    rows = n if need_w else _fit(FROZEN_MIB, v, size, n)
+    rows = n if need_w else _balanced(n, _fit(FROZEN_MIB, v, size, n))
     cols = _fit(FROZEN_MIB, n, size, v) if need_w else v
     dx = torch.zeros_like(x, dtype=torch.float32 if need_w else None) if need_x else x.new_empty(0)
     dw = torch.zeros_like(weight) if need_w else x.new_empty(0)
@@ -1028,8 +1022,8 @@ def _scalar_loss(x, weight, bias, labels, weights, head, ignore, sizes, policy=(
         if not policy:
             return _smoothed(stats, weights, head)[0].sum()
         logp = stats.picked - stats.lse
-        ratio = torch.zeros_like(logp) if old is None else logp - old
-        return (_policy(logp, ratio, advantages, ref, policy)[0] * weights).sum()
+        terms = _log_ratio(logp, old), advantages, ref
+        return (_policy(logp, *terms, policy)[0] * weights).sum()
     rows, sums, again = _plan(x, weight, needs[1], *sizes)
     plan = [rows, int(sums), int(again)]
     tensors = (x, weight, bias, labels, weights, advantages, old, ref)
@@ -1204,15 +1198,14 @@ def grpo_loss(
     if advantages.ndim == 1:
         _need_tensor("advantages", advantages, x.device, x.shape[:1])
         advantages = advantages[:, None].expand(x.shape[:2])
-    _need_tensor("mask", mask, x.device, x.shape[:2])
-    floats = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    floats |= {"mask": mask}
+    floats = {"mask": mask, "advantages": advantages}
+    floats |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     _need_tensor("labels", labels, x.device, x.shape[:2])
     for name, tensor in floats.items():
-        if tensor is not None:
+        if tensor is not None or name == "mask":
             _need_tensor(name, tensor, x.device, x.shape[:2])
             floats[name] = torch.where(mask != 0, tensor.detach().float(), 0)  # no -inf * 0
-    advantages, old, ref, mask = floats.values()
+    mask, advantages, old, ref = floats.values()
     labels = _check_labels(torch.where(mask != 0, labels, IGNORE), x, len(weight), IGNORE)
     weights = mask / (mask.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else 1)
     total = {"bnpo": mask.sum().clamp(min=1), "dapo": num_items, "cispo": num_items}
@@ -1228,7 +1221,7 @@ def grpo_loss(
         return _scalar_loss(flat, weight, bias, labels, *rest)
     stats = _stats_of(flat, weight, bias, labels, head, IGNORE)
     logp = (stats.picked - stats.lse).view(batch, tokens)
-    ratio = (logp - (logp.detach() if old is None else old)) * mask
+    ratio = _log_ratio(logp, old) * mask
     ratio = ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return (_policy(logp, ratio, advantages, ref, policy)[0] * weights).sum()
 
@@ -1245,13 +1238,13 @@ def patch_causal_lm(model, check: bool = True):
     PEFT model, of its base). A deep copy runs the original: patch the copy anew.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, config, stock = base.get_output_embeddings(), base.config, base.forward
-    ok = head is not None and hasattr(base, "model")
+    config, stock = base.config, base.forward
+    ok = base.get_output_embeddings() is not None and hasattr(base, "model")
     _need(ok, "model", type(base).__name__, "a causal language model with a head", TypeError)
     scale = getattr(base, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
 
-    names, kept = [*inspect.signature(stock).parameters], "past_key_values hidden_states attentions"
+    names = [*inspect.signature(stock).parameters]
 
     @functools.wraps(stock)
     def forward(*args, **kwargs):
@@ -1274,7 +1267,8 @@ def patch_causal_lm(model, check: bool = True):
         options = {"bias": getattr(head, "bias", None), "ignore_index": ignore, "num_items": items}
         options |= {"softcap": softcap, "logit_scale": scale}
         loss = linear_cross_entropy(hidden, weight, shifted.to(hidden.device), **options)
-        rest = {name: getattr(outputs, name, None) for name in kept.split()}
+        kept = "past_key_values", "hidden_states", "attentions"
+        rest = {name: getattr(outputs, name, None) for name in kept}
         return CausalLMOutputWithPast(loss=loss, **rest)
 
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -1872,13 +1866,13 @@ def _check_kernel(device):
         weights = torch.linspace(0.5, 1, n, device=device) if mode == "both" else None
         grads = _Stats(*(torch.randn(n, device=device) * on for on in (1, 1, mean, entropy)))
         results = []
-        for run in (_rows_torch, functools.partial(_launch_rows, mean=mean, entropy=entropy)):
+        for run in (_rows_torch, _launch_rows):
             stats, loss, p = _new_stats(n, device), torch.zeros(n, device=device), products.clone()
             out = p if wide == dtype else torch.empty_like(p, dtype=dtype)
             at = _Rows(p, out, bias, labels, first, vocab, IGNORE, head)
             if mode == "grads":
-                _rows_torch(at._replace(out=None), None, None, stats, None)
-            run(at, weights, loss, stats, grads if mode == "grads" else None)
+                _rows_torch(at._replace(out=None), None, None, stats, None, True, True)
+            run(at, weights, loss, stats, grads if mode == "grads" else None, mean, entropy)
             assert mode == "stats" or not out[0].any()
             kept = [stats.lse, stats.picked, stats.mean * mean, stats.entropy * entropy, loss]
             results.append([t[1:].float() for t in [*kept, *([] if mode == "stats" else [out])]])
