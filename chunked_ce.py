@@ -30,6 +30,7 @@ Run on an H200 and on CPUs (plain PyTorch there; tests run the kernel in Triton'
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import inspect
@@ -49,7 +50,7 @@ import time
 import types
 import typing
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,26 +110,31 @@ def _check(x, weight, bias, chunk=None, budget_mib=None):
         _need(isinstance(tensor, Tensor), name, type(tensor), "a tensor", TypeError)
         _need(tensor.ndim == 2 or name == "x" and tensor.ndim > 2, name, tensor.shape, form)
     vocab, hidden = weight.shape
-    _need(vocab > 0, "weight", weight.shape, "a vocabulary of at least one row")
+    _need(vocab > 0 and hidden > 0, "weight", weight.shape, "at least one row and one column")
     auto = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if auto else x.dtype
     _need(dtype in LOGIT_BYTES, "x", dtype, "float32, bfloat16 or float16", TypeError)
     _need_tensor("weight", weight, x.device, (vocab, x.shape[-1]), None if auto else (dtype,))
     if bias is not None:
         _need_tensor("bias", bias, x.device, (vocab,), tuple(LOGIT_BYTES))
+    _need(chunk is None or budget_mib is None, "chunk", "budget_mib as well", "one of the two")
     for name, value, low in (("chunk", chunk, 1), ("budget_mib", budget_mib, 2)):
         if value is not None:
             _need_number(name, value, low, integer=True)
     return x.reshape(-1, hidden).to(dtype)
 
 
-def _check_labels(labels, x, vocab, ignore_index):
-    """[N] labels. On a CPU their range is checked here, on a GPU by the kernel, asynchronously."""
+def _check_labels(labels, x, ignore_index):
+    _need_number("ignore_index", ignore_index, -(2**63), integer=True)
     _need_tensor("labels", labels, x.device, x.shape[:-1], (torch.int64, torch.int32))
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = labels[((labels < 0) | (labels >= vocab)) & (labels != ignore_index)]
-        _need(not len(bad), "labels", bad[:1].tolist(), f"0 to {vocab - 1} or {ignore_index}")
     return labels.reshape(-1)
+
+
+def _check_range(labels, vocab, ignore):
+    """On a CPU, as an operator begins; on a GPU the kernel does it, asynchronously."""
+    if labels.device.type == "cpu":
+        bad = labels[((labels < 0) | (labels >= vocab)) & (labels != ignore)]
+        _need(not len(bad), "labels", bad[:1].tolist(), f"0 to {vocab - 1} or {ignore}")
 
 
 class _Head(NamedTuple):
@@ -617,6 +623,7 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
     """sum(weights * loss), and its gradients by x, weight, bias, each to be multiplied by the last
     result. The loss is cross-entropy, or with a policy GRPO's."""
     n, v, head, (rows, sums, again) = len(x), len(weight), _Head(*head), plan
+    _check_range(labels, v, ignore)
     rows = _balanced(n, rows)
     unit = torch.ones((), device=x.device)
     if x.dtype == torch.float16:  # weights of 1/tokens would leave its range: 32 at most
@@ -670,6 +677,7 @@ def _row_stats(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, head: Seq
                ignore: int, mean: bool, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse, label's logit, mean and entropy of each row; in chunks of rows and of the vocabulary."""
     n, v, w, head = len(x), len(weight), weight.to(x.dtype), _Head(*head)
+    _check_range(labels, v, ignore)
     rows = _balanced(n, ROWS)
     cols = _fit(PASS_MIB, rows, LOGIT_BYTES[x.dtype], v)
     result, live = _new_stats(n, x.device), (labels != ignore).float()
@@ -815,6 +823,15 @@ def _stats_of(x, weight, bias, labels, head, ignore, mean=False, entropy=False):
 # Any function of the logits
 
 
+class _Handed(torch.autograd.Function):
+    """Makes logits a result of autograd's, no leaf: fn may then write into them. No copy."""
+
+    @staticmethod
+    def forward(ctx, logits, anchor):
+        ctx.mark_dirty(logits)
+        return logits
+
+
 def _linearise(fn, logits, args, wanted):
     """fn(logits, *args), and a function from its gradient to the logits' and args[wanted]'s."""
     if wanted is None:
@@ -825,20 +842,22 @@ def _linearise(fn, logits, args, wanted):
             full = list(args)
             for k, tensor in zip(wanted, some, strict=True):
                 full[k] = tensor
-            return fn(logits, *full)
+            return fn(logits.clone(), *full)  # into which fn may write; fused away
 
         return torch.func.vjp(chosen, logits, *(args[k] for k in wanted))
     with torch.enable_grad():
         args = [a.detach() if isinstance(a, Tensor) else a for a in args]
         for k in wanted:
             args[k].requires_grad_()
-        leaves = [logits.requires_grad_(), *(args[k] for k in wanted)]
-        out = fn(leaves[0], *args)
+        logits = _Handed.apply(logits, torch.empty((), requires_grad=True))
+        source, leaves = torch.autograd.graph.get_gradient_edge(logits), [args[k] for k in wanted]
+        out = fn(logits, *args)
 
     def pull(upstream):
-        _check_graph(out, leaves)
-        grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
+        _check_graph(out, source.node, leaves)
+        grads = torch.autograd.grad(out, [source, *leaves], upstream, allow_unused=True)
+        pairs = zip(grads, [logits, *leaves], strict=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in pairs]
 
     return out, pull
 
@@ -852,7 +871,7 @@ def _check_result(out, rows, ndim):
     _need(ok, "fn's result", out.shape, shapes)
 
 
-def _check_graph(out, leaves):
+def _check_graph(out, source, leaves):
     """fn's result must reach the logits, and no tensor with a gradient not handed to fn."""
     _need(out.requires_grad, "fn's result", "it detached from the logits", "autograd through fn")
     todo, seen, met = [out.grad_fn], set(), set()
@@ -860,11 +879,13 @@ def _check_graph(out, leaves):
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
+            if node is source:
+                continue
             todo += [parent for parent, _ in node.next_functions]
             if hasattr(node, "variable"):
                 met.add(id(node.variable))
     known = {id(leaf) for leaf in leaves}
-    _need(id(leaves[0]) in met, "fn's result", "it detached from the logits", "autograd through fn")
+    _need(source in seen, "fn's result", "it detached from the logits", "autograd through fn")
     found = "a tensor that requires grad inside fn, whose gradient would be lost"
     _need(met <= known, "fn", found, "such tensors handed over as per_token arguments")
 
@@ -880,7 +901,7 @@ def _compiled(fn):
     """fn behind its upcast, compiled: logits are 16 bits wide in memory, float32 in registers."""
 
     def upcast(logits, bias, *args):
-        logits = logits.float()
+        logits = logits.to(torch.float32, copy=True)  # into which fn may write; fused away
         return fn(logits if bias is None else logits + bias.float(), *args)
 
     return torch.compile(upcast)
@@ -997,6 +1018,8 @@ def memory_efficient_linear(
     """
     flat = _check(x, weight, bias, chunk, budget_mib)
     _need(callable(fn), "fn", type(fn), "a function of logits", TypeError)
+    ok = not compile or isinstance(fn, Hashable)
+    _need(ok, "fn", f"an unhashable {type(fn).__name__}", "a hashable one to compile", TypeError)
     args = []
     for k, a in enumerate(per_token):
         if isinstance(a, Tensor) and a.ndim:
@@ -1063,7 +1086,7 @@ def linear_cross_entropy(
     device assertion that names them, as checking earlier would wait for the GPU.
     """
     flat = _check(x, weight, bias, chunk, budget_mib)
-    labels = _check_labels(labels, x, len(weight), ignore_index)
+    labels = _check_labels(labels, x, ignore_index)
     _need(reduction in ("mean", "sum", "none"), "reduction", reduction, "mean, sum or none")
     _need_number("label_smoothing", label_smoothing, 0, 1)
     _need_number("z_loss", z_loss, 0)
@@ -1076,11 +1099,21 @@ def linear_cross_entropy(
         rows = _stats_of(flat, weight, bias, labels, head, ignore_index, label_smoothing > 0)
         return _smoothed(rows, valid, head)[0].reshape(x.shape[:-1])
     if num_items is not None:
-        valid = valid / num_items
+        valid = valid / _items(num_items, x)
     elif reduction == "mean":
         valid = valid / valid.sum().clamp(min=1)
     sizes = chunk, budget_mib, accum_dtype == torch.float32
     return _scalar_loss(flat, weight, bias, labels, valid, head, ignore_index, sizes)
+
+
+def _items(num_items, x):
+    """A divisor; 0 of them, a batch without labels, divides nothing."""
+    if isinstance(num_items, Tensor):
+        _need(num_items.numel() == 1, "num_items", num_items.shape, "one number")
+        num_items = num_items.reshape(()).to(x.device)
+        return torch.where(num_items == 0, 1, num_items)
+    _need_number("num_items", num_items, 0)
+    return num_items or 1
 
 
 def linear_logsumexp(
@@ -1100,7 +1133,7 @@ def linear_logsumexp(
     logits need not fit in memory. Arguments and errors as linear_cross_entropy; ignored tokens: 0.
     """
     flat = _check(x, weight, bias)
-    labels = _check_labels(labels, x, len(weight), ignore_index)
+    labels = _check_labels(labels, x, ignore_index)
     head = _head(logit_scale, softcap)
     rows = _stats_of(flat, weight, bias, labels, head, ignore_index)
     return rows.lse.reshape(x.shape[:-1]), rows.picked.reshape(x.shape[:-1])
@@ -1123,7 +1156,7 @@ def linear_logprobs(
     Arguments and errors as linear_cross_entropy.
     """
     flat = _check(x, weight, bias)
-    labels = _check_labels(labels, x, len(weight), ignore_index)
+    labels = _check_labels(labels, x, ignore_index)
     head = _head(1.0, softcap, _inverse(temperature))
     rows = _stats_of(flat, weight, bias, labels, head, ignore_index, entropy=entropy)
     logprobs = (rows.picked - rows.lse).reshape(x.shape[:-1])
@@ -1162,7 +1195,8 @@ def grpo_loss(
     chunk: int | None = None,
     budget_mib: int | None = None,
 ) -> Tensor:
-    """GRPO's loss over completions, float32 []; names, formulas and defaults as TRL's GRPOTrainer.
+    """GRPO's loss over completions, float32 []; names and formulas as TRL's GRPOTrainer (whose own
+    default loss_type is "dapo").
 
     x [B, T, D] hidden states that predict labels [B, T], mask [B, T] (1 where a token counts),
     advantages [B] or [B, T], old_logprobs and ref_logprobs [B, T] float (old None: on-policy, ratio
@@ -1182,6 +1216,11 @@ def grpo_loss(
     level = importance_sampling_level
     ok = level in ("token", "sequence")
     _need(ok, "importance_sampling_level", level, "token or sequence")
+    wants = {"beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+    wants |= {"max_completion_length": max_completion_length}
+    for name, value in wants.items():
+        if value is not None or name in ("beta", "epsilon"):
+            _need_number(name, value, 1 if name == "max_completion_length" else 0)
     for name, value, wanted in (
         ("ref_logprobs", ref_logprobs, beta != 0),
         ("max_completion_length", max_completion_length, loss_type == "dr_grpo"),
@@ -1189,11 +1228,6 @@ def grpo_loss(
         ("epsilon_high", epsilon_high, loss_type == "cispo"),
     ):
         _need(value is not None or not wanted, name, None, "it for this loss_type or beta")
-    wants = {"beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
-    wants |= {"max_completion_length": max_completion_length}
-    for name, value in wants.items():
-        if value is not None or name in ("beta", "epsilon"):
-            _need_number(name, value, 1 if name == "max_completion_length" else 0)
     _need(isinstance(advantages, Tensor), "advantages", type(advantages), "a tensor", TypeError)
     if advantages.ndim == 1:
         _need_tensor("advantages", advantages, x.device, x.shape[:1])
@@ -1206,9 +1240,10 @@ def grpo_loss(
             _need_tensor(name, tensor, x.device, x.shape[:2])
             floats[name] = torch.where(mask != 0, tensor.detach().float(), 0)  # no -inf * 0
     mask, advantages, old, ref = floats.values()
-    labels = _check_labels(torch.where(mask != 0, labels, IGNORE), x, len(weight), IGNORE)
+    labels = _check_labels(torch.where(mask != 0, labels, IGNORE), x, IGNORE)
     weights = mask / (mask.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else 1)
-    total = {"bnpo": mask.sum().clamp(min=1), "dapo": num_items, "cispo": num_items}
+    items = None if num_items is None else _items(num_items, x)
+    total = {"bnpo": mask.sum().clamp(min=1), "dapo": items, "cispo": items}
     total |= {"dr_grpo": batch * (max_completion_length or 1)}
     weights = weights / total.get(loss_type, batch)
     high = epsilon if epsilon_high is None else epsilon_high
@@ -1233,61 +1268,85 @@ def patch_causal_lm(model, check: bool = True):
     num_items_in_batch and shift_labels) and logits=None; without labels it is the stock forward, so
     generate() works. Softcaps and logit scales are read from the config (Gemma, Cohere, Granite);
     tied heads, heads with a bias, and heads with LoRA (merged form, no dropout) work. `check`
-    runs one short batch through both forwards and raises ValueError if the losses differ: the model
-    then does something else with its logits. Returns model; `del model.forward` undoes it (of a
-    PEFT model, of its base). A deep copy runs the original: patch the copy anew.
+    runs one short batch through both forwards and raises ValueError if logits or losses differ: the
+    model then does something else with its logits. Returns model; `del model.forward` undoes it (of
+    a PEFT model, of its base). Under FSDP2 leave the head in the root's group.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, stock = base.config, base.forward
-    ok = base.get_output_embeddings() is not None and hasattr(base, "model")
+    ok = callable(getattr(base, "get_output_embeddings", None))
+    ok = ok and base.get_output_embeddings() is not None and base.base_model is not base
     _need(ok, "model", type(base).__name__, "a causal language model with a head", TypeError)
-    scale = getattr(base, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    names = [*inspect.signature(stock).parameters]
+    text = base.config.get_text_config()
+    scale = getattr(base, "logit_scale", None) or 1 / getattr(text, "logits_scaling", 1.0)
+    logits = {"softcap": getattr(text, "final_logit_softcapping", None), "logit_scale": scale}
+    signature = inspect.signature(base.forward)
+    names = [*signature.parameters]
 
-    @functools.wraps(stock)
-    def forward(*args, **kwargs):
+    def forward(self, *args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
         labels = given.pop("labels", None)
         if labels is None:
-            return stock(**given)
+            return self._stock_forward(**given)
         shifted, items = given.pop("shift_labels", None), given.pop("num_items_in_batch", None)
-        ignore, some = given.pop("ignore_index", IGNORE), given.pop("logits_to_keep", 0)
-        moe = given.get("output_router_logits", getattr(config, "output_router_logits", False))
+        ignore, some = given.pop("ignore_index", IGNORE), given.pop("logits_to_keep", None)
+        moe = getattr(self.config, "output_router_logits", False)
+        moe = given.get("output_router_logits", moe)
         _need(not moe, "output_router_logits", True, "False: its loss is not computed here")
-        _need(isinstance(some, int) and not some, "logits_to_keep", some, "labels without it")
-        outputs = base.model(**given)
+        ok = some is None or isinstance(some, int) and not some
+        _need(ok, "logits_to_keep", some, "labels without it")
+        named = given.pop("return_dict", None)
+        outputs = self.base_model(**given, return_dict=True)
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=ignore)[..., 1:]
-        head = base.get_output_embeddings()  # of now: it may have been resized or given LoRA
+        head = self.get_output_embeddings()  # of now: it may have been resized or given LoRA
         hidden, weight = outputs.last_hidden_state, _head_weight(head)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
         options = {"bias": getattr(head, "bias", None), "ignore_index": ignore, "num_items": items}
-        options |= {"softcap": softcap, "logit_scale": scale}
-        loss = linear_cross_entropy(hidden, weight, shifted.to(hidden.device), **options)
+        loss = linear_cross_entropy(hidden, weight, shifted.to(hidden.device), **options, **logits)
         kept = "past_key_values", "hidden_states", "attentions"
         rest = {name: getattr(outputs, name, None) for name in kept}
-        return CausalLMOutputWithPast(loss=loss, **rest)
+        result = CausalLMOutputWithPast(loss=loss, **rest)
+        named = getattr(self.config, "return_dict", True) if named is None else named
+        return result if named else result.to_tuple()
 
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
+    # Bound to its model, so that a deep copy has its own
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
+    forward.__doc__ = base.forward.__doc__
+    forward.never_forms_logits = True
+    if not getattr(base.forward, "never_forms_logits", False):  # patched twice: once
+        base._stock_forward = base.forward
     if check:
-        ids = torch.arange(1, 9, device=base.device)[None] % config.get_text_config().vocab_size
-        modes = {module: module.training for module in base.modules()}
-        try:
-            with torch.no_grad():
-                ways = base.eval().forward, forward
-                want, got = (way(input_ids=ids, labels=ids).loss for way in ways)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        close = torch.allclose(want.float(), got.float(), rtol=2e-2)
-        found = f"a loss of {got.item():.4f} for {want.item():.4f}"
-        _need(close, type(base).__name__, found, "a head that is a linear layer and a loss on it")
-    base.forward = forward
+        _check_patch(base, types.MethodType(forward, base), logits)
+    base.forward = types.MethodType(forward, base)
     return model
+
+
+def _check_patch(base, forward, options):
+    ids = torch.arange(1, 9, device=base.device)[None] % base.config.get_text_config().vocab_size
+    modes = {module: module.training for module in base.modules()}
+    try:
+        with torch.no_grad():
+            ways = base.eval()._stock_forward, forward
+            stock, got = (way(input_ids=ids, labels=ids) for way in ways)
+            head, hidden = base.get_output_embeddings(), base.base_model(ids).last_hidden_state
+            weight = _head_weight(head)
+            products = _product(hidden[0].to(weight.dtype), weight.t(), torch.float32)
+            head = _head(options["logit_scale"], options["softcap"]), getattr(head, "bias", None)
+            logits = _logits_torch(products, *head[::-1])[0]
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    want, spread = stock.logits[0].float(), stock.logits.float().square().mean().sqrt()
+    close = want.shape == logits.shape and (want - logits).norm() <= 2e-2 * want.norm() + 1e-6
+    need = "a head that is a linear layer, with a softcap and a scale that the config names"
+    _need(close, type(base).__name__, "other logits than its head's", need)
+    found = f"a loss of {got.loss.item():.4f} for {stock.loss.item():.4f}"
+    close = (stock.loss - got.loss).abs() <= 2e-2 * spread + 1e-4
+    _need(close, type(base).__name__, found, "a cross-entropy of shifted labels")
 
 
 def _head_weight(head) -> Tensor:
@@ -1299,8 +1358,12 @@ def _head_weight(head) -> Tensor:
     layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     weight = layer.weight
     _need(weight.is_floating_point(), "the head", weight.dtype, "a floating dtype, not quantised")
+    whole = weight.ndim == 2 and not hasattr(weight, "placements")
+    _need(whole, "the head", "its weight sharded", "it in the root's group, where forward has it")
     if layer is head or head.disable_adapters or head.merged:
         return weight
+    ok = hasattr(head, "lora_A")
+    _need(ok, "the adapter on the head", type(head).__name__, "LoRA or a full copy")
     for name in head.active_adapters:
         if name in head.lora_A:
             p = getattr(head.lora_dropout[name], "p", 0)
@@ -1437,6 +1500,10 @@ def test_gradients_of_the_functions_own_arguments():
         want = fn(x @ weight.t(), labels, scale, heat)
         inputs = (x, weight, heat, scale)
         _close(_gradients(got, inputs), _gradients(want, inputs), 1e-5)
+    writes = lambda logits, y: _nll(logits.div_(0.5), y).sum()
+    for got in (memory_efficient_linear(x, weight, writes, labels, compile=on) for on in (0, 1)):
+        want = _nll(x @ weight.t() / 0.5, labels).sum()
+        _close(_gradients(got, (x, weight)), _gradients(want, (x, weight)), 1e-5)
     with _raises(ValueError, "fn: found a tensor that requires grad inside fn"):
         memory_efficient_linear(x, weight, lambda logits: (logits / heat).sum())
 
@@ -1700,10 +1767,11 @@ def test_causal_language_models_train_through_it():
 
     families = {"Llama": {}, "Qwen2": {"tie_word_embeddings": True}}
     families |= {"Cohere": {"logit_scale": 0.25}, "Granite": {"logits_scaling": 4.0}}
-    families |= {"Gemma2": {"final_logit_softcapping": 5.0}}
+    families |= {"Gemma2": {"final_logit_softcapping": 5.0}, "GPTNeoX": {}}
     ids = torch.randint(0, 256, (2, 24))
     labels = ids.masked_fill(torch.rand(2, 24) < 0.3, IGNORE)
-    lora = {"r": 4, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    layers = r".*(q_proj|query_key_value|lm_head|embed_out)"
+    lora = {"r": 4, "target_modules": layers, "init_lora_weights": False}
     for (kind, options), wrap in itertools.product(families.items(), (False, True)):
         model = _tiny(kind, **options)
         model = peft.get_peft_model(model, peft.LoraConfig(**lora)) if wrap else model
@@ -1720,7 +1788,20 @@ def test_causal_language_models_train_through_it():
             _close(*results[::-1], 1e-4, kind)
             del (model.get_base_model() if wrap else model).forward
     model = _tiny()
+    patch_causal_lm(patch_causal_lm(model))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    names = [*inspect.signature(model.forward).parameters]
+    assert names == [*inspect.signature(type(model).forward).parameters][1:]  # Trainer reads them
+    uniform = twin(input_ids=ids, labels=labels, return_dict=False)[0].item()
+    assert abs(uniform - math.log(256)) < 1e-4  # a copy has its own weights
+    del model.forward
     model.lm_head.forward = lambda hidden: hidden @ torch.randn(64, 256)  # not what it looks like
+    with _raises(ValueError, "LlamaForCausalLM: found other logits than its head's, need"):
+        patch_causal_lm(model)
+    model = _tiny()
+    model.loss_function = lambda logits, labels, **_: F.cross_entropy(logits[0], labels[0])
     with _raises(ValueError, "LlamaForCausalLM: found a loss of"):
         patch_causal_lm(model)
 
@@ -1813,6 +1894,7 @@ def test_errors_name_what_was_found_and_needed():
         (ValueError, "labels: found [-1], need 0", linear_logsumexp, x, weight, far - 38),
         (ValueError, "x: found shape [0, 8], need at least one", general, x[:0], weight, total),
         (TypeError, "fn: found int, need a function", general, x, weight, 3),
+        (ValueError, "weight: found shape [37, 0], need", ce, x[:, :0], weight[:, :0], labels),
         (TypeError, "fn's result: found float, need a tensor", general, x, weight, lambda t: 1.0),
         (ValueError, "fn's result: found shape [23, 37], need", general, x, weight, lambda t: t),
         (ValueError, "fn's result: found it det", general, x, weight, lambda t: t.detach().sum()),
@@ -1825,6 +1907,9 @@ def test_errors_name_what_was_found_and_needed():
     for kind, words, option in (
         (ValueError, "chunk: found 0, need 1 or more", {"chunk": 0}),
         (TypeError, "chunk: found 2.5, need an integer", {"chunk": 2.5}),
+        (ValueError, "chunk: found budget_mib as well", {"chunk": 8, "budget_mib": 8}),
+        (TypeError, "ignore_index: found None, need an integer", {"ignore_index": None}),
+        (ValueError, "num_items: found shape [2], need one", {"num_items": torch.ones(2)}),
         (ValueError, "budget_mib: found 1, need 2 or more", {"budget_mib": 1}),
         (ValueError, "reduction: found max, need mean, sum or none", {"reduction": "max"}),
         (ValueError, "label_smoothing: found 1.5, need 0 to 1", {"label_smoothing": 1.5}),
