@@ -2194,12 +2194,12 @@ def _products(x, weight, frozen):
     return run
 
 
-def _in_turns_ms(runs, turns=3) -> dict:
+def _in_turns_ms(runs, turns=5) -> dict:
     """Median milliseconds over turns in changing order: what ran before heats or cools a chip."""
     times = {name: [] for name in runs}
     for turn in range(turns):
         for name in random.Random(turn).sample([*runs], len(runs)):
-            times[name].append(do_bench(runs[name], warmup=50, rep=120, return_mode="median"))
+            times[name].append(do_bench(runs[name], warmup=25, rep=75, return_mode="median"))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
