@@ -679,12 +679,14 @@ def _(x, weight, bias, labels, weights, advantages, old, ref, head, policy, igno
 # fmt: off
 @_operator("chunked_ce::row_stats")
 def _row_stats(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, head: Sequence[float],
-               ignore: int, mean: bool, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse, label's logit, mean and entropy of each row; in chunks of rows and of the vocabulary."""
+               ignore: int, mean: bool, entropy: bool, mib: float,
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, label's logit, mean and entropy of each row; in chunks of rows and of the vocabulary,
+    of PASS_MIB or, if that is less, `mib` (0: unsaid)."""
     n, v, w, head = len(x), len(weight), weight.to(x.dtype), _Head(*head)
     _check_range(labels, v, ignore)
     rows = _balanced(n, ROWS)
-    cols = _fit(PASS_MIB, rows, LOGIT_BYTES[x.dtype], v)
+    cols = _fit(min(PASS_MIB, mib or PASS_MIB), rows, LOGIT_BYTES[x.dtype], v)
     result, live = _new_stats(n, x.device), (labels != ignore).float()
     room = _Room(rows * _even(cols), x, gradient=False)
     for i, j in _chunks(n, rows):
@@ -708,7 +710,7 @@ def _row_stats(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, head: Seq
 
 
 @_row_stats.register_fake
-def _(x, weight, bias, labels, head, ignore, mean, entropy):
+def _(x, weight, bias, labels, head, ignore, mean, entropy, mib):
     return tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(4))
 
 
@@ -717,14 +719,14 @@ def _(x, weight, bias, labels, head, ignore, mean, entropy):
 def _stats_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, lse: Tensor,
                  entropies: Tensor, by_lse: Tensor, by_picked: Tensor, by_mean: Tensor,
                  by_entropy: Tensor, head: Sequence[float], ignore: int, mean: bool, entropy: bool,
-                 needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+                 mib: float, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias from those by the statistics. W frozen: over chunks of rows;
     else over chunks of the vocabulary, where a row of dW is one product's, and dx a float32 sum."""
     n, v, w, head = len(x), len(weight), weight.to(x.dtype), _Head(*head)
     grads, stats = _Stats(by_lse, by_picked, by_mean, by_entropy), _Stats(lse, lse, lse, entropies)
-    size, (need_x, need_w, need_b) = LOGIT_BYTES[x.dtype], needs
-    rows = n if need_w else _balanced(n, _fit(FROZEN_MIB, v, size, n))
-    cols = _fit(FROZEN_MIB, n, size, v) if need_w else v
+    size, (need_x, need_w, need_b), mib = LOGIT_BYTES[x.dtype], needs, mib or FROZEN_MIB
+    rows = n if need_w else _balanced(n, _fit(mib, v, size, n))
+    cols = _fit(mib, n, size, v) if need_w else v
     dx = torch.zeros_like(x, dtype=torch.float32 if need_w else None) if need_x else x.new_empty(0)
     dw = torch.zeros_like(weight) if need_w else x.new_empty(0)
     db = torch.zeros(v if need_b else 0, device=x.device)
@@ -746,7 +748,7 @@ def _stats_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, lse: Te
 
 
 @_stats_grads.register_fake
-def _(x, weight, bias, labels, lse, entropies, a, b, c, d, head, ignore, mean, entropy, needs):
+def _(x, weight, bias, labels, lse, entropies, a, b, c, d, head, ignore, mean, entropy, mib, needs):
     db = x.new_empty(len(weight) if needs[2] else 0, dtype=torch.float32)
     dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
     return dx, torch.empty_like(weight) if needs[1] else x.new_empty(0), db
@@ -797,10 +799,10 @@ class _RowStats(torch.autograd.Function):
     """lse, label's logit, mean and entropy of each row; logits are formed again in the backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, labels, head, ignore, mean, entropy, needs):
-        stats = _row_stats(x, weight, bias, labels, head, ignore, mean, entropy)
+    def forward(ctx, x, weight, bias, labels, head, ignore, mean, entropy, mib, needs):
+        stats = _row_stats(x, weight, bias, labels, head, ignore, mean, entropy, mib)
         ctx.save_for_backward(x, weight, bias, labels, stats[0], stats[3])
-        ctx.options, ctx.needs = (head, ignore, mean, entropy), needs
+        ctx.options, ctx.needs = (head, ignore, mean, entropy, mib), needs
         return stats
 
     @staticmethod
@@ -811,7 +813,7 @@ class _RowStats(torch.autograd.Function):
         inputs = (x, weight, bias, labels, lse, entropies, *upstream)
         dx, dw, db = _stats_grads(*inputs, *ctx.options, ctx.needs)
         db = db.to(bias.dtype) if ctx.needs[2] else None
-        return dx if ctx.needs[0] else None, dw if ctx.needs[1] else None, db, *[None] * 6
+        return dx if ctx.needs[0] else None, dw if ctx.needs[1] else None, db, *[None] * 7
 
 
 def _needs(*tensors):
@@ -819,8 +821,10 @@ def _needs(*tensors):
     return [on and t is not None and t.requires_grad for t in tensors]
 
 
-def _stats_of(x, weight, bias, labels, head, ignore, mean=False, entropy=False):
-    options = (list(head), ignore, mean, entropy, _needs(x, weight, bias))
+def _stats_of(x, weight, bias, labels, head, ignore, sizes=(), mean=False, entropy=False):
+    chunk, budget_mib = (*sizes, None, None)[:2]
+    mib = chunk * len(weight) * LOGIT_BYTES[x.dtype] / 2**20 if chunk else (budget_mib or 1) - 1
+    options = (list(head), ignore, mean, entropy, float(mib), _needs(x, weight, bias))
     return _Stats(*_RowStats.apply(x, weight, bias, labels, *options))
 
 
@@ -1046,7 +1050,7 @@ def _scalar_loss(x, weight, bias, labels, weights, head, ignore, sizes, policy=(
     needs = _needs(x, weight, bias)
     advantages, old, ref = terms or (None, None, None)
     if not any(needs):
-        stats = _stats_of(x, weight, bias, labels, head, ignore, mean=head.smoothing > 0)
+        stats = _stats_of(x, weight, bias, labels, head, ignore, sizes, mean=head.smoothing > 0)
         if not policy:
             return _smoothed(stats, weights, head)[0].sum()
         logp = stats.picked - stats.lse
@@ -1087,6 +1091,8 @@ def linear_cross_entropy(
     Mean and sum take the gradients in the forward pass, over `chunk` tokens at a time (None: by
     measurement). dW is summed in float32; accum_dtype=torch.bfloat16 sums a bfloat16 dW in its own
     memory. budget_mib: MiB beyond the gradients; a small one costs a second pass, 4 products for 3.
+    "none" forms its logits again in the backward, of so many tokens or MiB (W trained: in chunks of
+    the vocabulary, with a float32 dX besides).
     Raises ValueError or TypeError on input that does not fit; labels out of range on a GPU end in a
     device assertion that names them, as checking earlier would wait for the GPU.
     """
@@ -1100,14 +1106,14 @@ def linear_cross_entropy(
     _need(num_items is None or reduction != "none", "num_items", "reduction none", "mean or sum")
     head = _head(logit_scale, softcap, 1.0, label_smoothing, z_loss)
     valid = (labels != ignore_index).float()
+    sizes = chunk, budget_mib, accum_dtype == torch.float32
     if reduction == "none":
-        rows = _stats_of(flat, weight, bias, labels, head, ignore_index, label_smoothing > 0)
+        rows = _stats_of(flat, weight, bias, labels, head, ignore_index, sizes, label_smoothing > 0)
         return _smoothed(rows, valid, head)[0].reshape(x.shape[:-1])
     if num_items is not None:
         valid = valid / _items(num_items, x)
     elif reduction == "mean":
         valid = valid / valid.sum().clamp(min=1)
-    sizes = chunk, budget_mib, accum_dtype == torch.float32
     return _scalar_loss(flat, weight, bias, labels, valid, head, ignore_index, sizes)
 
 
@@ -1130,17 +1136,19 @@ def linear_logsumexp(
     ignore_index: int = IGNORE,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logsumexp of a token's logits, its label's logit), float32 [...], both differentiable.
 
     For losses that are functions of these two: cross-entropy is their difference, the label's
     probability exp(picked - lse), z-loss lse**2. Chunks go over the vocabulary too, so a row of
-    logits need not fit in memory. Arguments and errors as linear_cross_entropy; ignored tokens: 0.
+    logits need not fit in memory; `chunk` bounds them to as much as that many rows. Arguments and
+    errors as linear_cross_entropy; ignored tokens: 0.
     """
-    flat = _check(x, weight, bias)
+    flat = _check(x, weight, bias, chunk)
     labels = _check_labels(labels, x, ignore_index)
     head = _head(logit_scale, softcap)
-    rows = _stats_of(flat, weight, bias, labels, head, ignore_index)
+    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, (chunk,))
     return rows.lse.reshape(x.shape[:-1]), rows.picked.reshape(x.shape[:-1])
 
 
@@ -1152,18 +1160,19 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    chunk: int | None = None,
     ignore_index: int = IGNORE,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[label] of each token, float32 [...]; 0 where ignored.
 
     With entropy=True (log-probability, entropy of the distribution in nats), both differentiable.
-    Arguments and errors as linear_cross_entropy.
+    Arguments and errors as linear_cross_entropy, chunk as linear_logsumexp.
     """
-    flat = _check(x, weight, bias)
+    flat = _check(x, weight, bias, chunk)
     labels = _check_labels(labels, x, ignore_index)
     head = _head(1.0, softcap, _inverse(temperature))
-    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, entropy=entropy)
+    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, (chunk,), entropy=entropy)
     logprobs = (rows.picked - rows.lse).reshape(x.shape[:-1])
     return (logprobs, rows.entropy.reshape(x.shape[:-1])) if entropy else logprobs
 
@@ -1259,7 +1268,7 @@ def grpo_loss(
         terms = [None if t is None else t.reshape(-1) for t in (advantages, old, ref)]
         rest = weights.reshape(-1), head, IGNORE, (chunk, budget_mib), policy, terms
         return _scalar_loss(flat, weight, bias, labels, *rest)
-    stats = _stats_of(flat, weight, bias, labels, head, IGNORE)
+    stats = _stats_of(flat, weight, bias, labels, head, IGNORE, (chunk, budget_mib))
     logp = (stats.picked - stats.lse).view(batch, tokens)
     ratio = _log_ratio(logp, old) * mask
     ratio = ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -1683,6 +1692,7 @@ def test_logprobs_entropy_and_logsumexp():
         options = {"bias": bias, "softcap": softcap}
         with _small(ROWS=16, PASS_MIB=1e-3, FROZEN_MIB=1e-3):  # chunks of rows and of words
             gots = [linear_logprobs(*given, temperature=heat, entropy=True, **options)]
+            options["chunk"] = 5
             if heat == 1:
                 wants.append((logits.logsumexp(1) * live, pick(logits)))
                 gots.append(linear_logsumexp(*given, **options))
@@ -1747,12 +1757,10 @@ def test_grpo_equals_the_naive_one():
 def test_largest_tensor_alive():
     n, d, v = 512, 16, 4096
     x, weight, _, labels = _problem(n, d, v)
-    ways = [functools.partial(f, chunk=32) for f in (_general, linear_cross_entropy)]
-    with _small(PASS_MIB=0.25, FROZEN_MIB=0.25):
-        for loss in [*ways, lambda *a: linear_logprobs(*a).sum()]:
-            with _Watch(v * d, n * d) as watch:
-                loss(x, weight, labels).backward()
-            assert watch.largest <= n * v // 16, (loss, watch.largest)
+    for loss in (_general, linear_cross_entropy, linear_logprobs):
+        with _small(PASS_MIB=0.25), _Watch(v * d, n * d) as watch:
+            loss(x, weight, labels, chunk=32).sum().backward()
+        assert watch.largest <= n * v // 16, (loss, watch.largest)
 
 
 def _tiny(kind="Llama", **options):
