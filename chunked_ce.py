@@ -1315,18 +1315,25 @@ def patch_causal_lm(model, check: bool = True):
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=ignore)[..., 1:]
         head = self.get_output_embeddings()  # of now: it may have been resized or given LoRA
-        hidden, weight = outputs.last_hidden_state, _head_weight(head)
+        weight = _head_weight(head)
+        hidden = outputs.last_hidden_state.to(weight.device)  # of a device_map over several GPUs
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
         options = {"bias": getattr(head, "bias", None), "ignore_index": ignore, "num_items": items}
         loss = linear_cross_entropy(hidden, weight, shifted.to(hidden.device), **options, **logits)
         kept = "past_key_values", "hidden_states", "attentions"
         rest = {name: getattr(outputs, name, None) for name in kept}
-        result = CausalLMOutputWithPast(loss=loss, **rest)
+        result = CausalLMOutputWithPast(loss=loss.to(labels.device), **rest)
         named = getattr(self.config, "return_dict", True) if named is None else named
         return result if named else result.to_tuple()
 
-    # Bound to its model, so that a deep copy has its own
+    def _replicate_for_data_parallel(self):  # whose copy of __dict__ leaves methods with this model
+        replica = type(self)._replicate_for_data_parallel(self)
+        for name, method in vars(self).items():
+            if isinstance(method, types.MethodType) and method.__self__ is self:
+                object.__setattr__(replica, name, types.MethodType(method.__func__, replica))
+        return replica
+
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     forward.__doc__ = base.forward.__doc__
@@ -1335,7 +1342,8 @@ def patch_causal_lm(model, check: bool = True):
         base._stock_forward = base.forward
     if check:
         _check_patch(base, types.MethodType(forward, base), logits)
-    base.forward = types.MethodType(forward, base)
+    for method in (forward, _replicate_for_data_parallel):  # bound, so that a deep copy has its own
+        setattr(base, method.__name__, types.MethodType(method, base))
     return model
 
 
@@ -1348,9 +1356,9 @@ def _check_patch(base, forward, options):
             stock, got = (way(input_ids=ids, labels=ids) for way in ways)
             head, hidden = base.get_output_embeddings(), base.base_model(ids).last_hidden_state
             weight = _head_weight(head)
-            products = _product(hidden[0].to(weight.dtype), weight.t(), torch.float32)
+            products = _product(hidden[0].to(weight), weight.t(), torch.float32)
             head = _head(options["logit_scale"], options["softcap"]), getattr(head, "bias", None)
-            logits = _logits_torch(products, *head[::-1])[0]
+            logits = _logits_torch(products, *head[::-1])[0].to(stock.logits.device)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -1809,6 +1817,9 @@ def test_causal_language_models_train_through_it():
     assert names == [*inspect.signature(type(model).forward).parameters][1:]  # Trainer reads them
     uniform = twin(input_ids=ids, labels=labels, return_dict=False)[0].item()
     assert abs(uniform - math.log(256)) < 1e-4  # a copy has its own weights
+    replica = model._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica is replica._stock_forward.__self__
+    assert replica(input_ids=ids, labels=labels).logits is None
     del model.forward
     model.lm_head.forward = lambda hidden: hidden @ torch.randn(64, 256)  # not what it looks like
     with _raises(ValueError, "LlamaForCausalLM: found other logits than its head's, need"):
@@ -2058,6 +2069,29 @@ def test_gpu_streams_without_synchronisation_and_compiled_callers():
         torch._dynamo.reset()
         _close(run(torch.compile(loss, fullgraph=True)), want, 1e-2)
     _close(run(functools.partial(losses[2], compile=True)), want, 1e-2)
+
+
+def test_models_on_two_gpus():
+    """Replicated by DataParallel (what Trainer does in one process), or split by a device_map."""
+    if torch.cuda.device_count() < 2:
+        raise unittest.SkipTest("needs two NVIDIA GPUs of capability 7.5 or more")
+    from accelerate import dispatch_model
+
+    ids, results = torch.randint(0, 256, (4, 24)).cuda(), []
+    second = "model.layers.1", "model.norm", "lm_head"
+    first = "model.embed_tokens", "model.rotary_emb", "model.layers.0"
+    split = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
+    ways = lambda model: model, torch.nn.DataParallel, lambda m: dispatch_model(m.cpu(), split)
+    for k, way in enumerate(ways):
+        model = _tiny().cuda()
+        if k:
+            patch_causal_lm(way(model) if k == 2 else model)
+        run = way(model) if k < 2 else model
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss.mean()
+        loss.backward()
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for got in results[1:]:
+        _close(got, results[0], 1e-4)
 
 
 def test_labels_out_of_range_stop_the_gpu():
