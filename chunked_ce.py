@@ -500,12 +500,14 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
         return _Plan(rows, False, trained and rows < min(FEW_ROWS, n))
     rows = min(ROWS, n) if torch.compiler.is_compiling() else _balanced(n, ROWS)
     dw = weight.numel() * weight.itemsize / 2**20
-    logits, sums = rows * v * size / 2**20, 2 * dw if low and rows < n else 0
-    if sums and n * v * size / 2**20 <= max(sums, sums + logits - dw):
-        logits, sums, rows = n * v * size / 2**20, 0, n  # one product sums for itself
-    need = max(sums, sums + logits - dw) if sums else logits  # dW waits for the sums to be cast
+    need, whole = rows * v * size / 2**20, n * v * size / 2**20
+    sums = low and rows < n
+    if sums:
+        need = max(2 * dw, dw + need)  # of float32 sums, whose cast makes dW
+        if whole <= need:  # one product over all rows sums for itself
+            rows, sums, need = n, False, whole
     if budget_mib is None or need < budget_mib:
-        return _Plan(rows, half or sums > 0, False)
+        return _Plan(rows, half or sums, False)
     return _Plan(fit(0), half, low and fit(0) < n)
 
 
@@ -821,8 +823,8 @@ def _needs(*tensors):
     return [on and t is not None and t.requires_grad for t in tensors]
 
 
-def _stats_of(x, weight, bias, labels, head, ignore, sizes=(), mean=False, entropy=False):
-    chunk, budget_mib = (*sizes, None, None)[:2]
+def _stats_of(x, weight, bias, labels, head, ignore, sizes, mean=False, entropy=False):
+    chunk, budget_mib, *_ = sizes
     mib = chunk * len(weight) * LOGIT_BYTES[x.dtype] / 2**20 if chunk else (budget_mib or 1) - 1
     options = (list(head), ignore, mean, entropy, float(mib), _needs(x, weight, bias))
     return _Stats(*_RowStats.apply(x, weight, bias, labels, *options))
@@ -1148,7 +1150,7 @@ def linear_logsumexp(
     flat = _check(x, weight, bias, chunk)
     labels = _check_labels(labels, x, ignore_index)
     head = _head(logit_scale, softcap)
-    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, (chunk,))
+    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, (chunk, None))
     return rows.lse.reshape(x.shape[:-1]), rows.picked.reshape(x.shape[:-1])
 
 
@@ -1172,7 +1174,8 @@ def linear_logprobs(
     flat = _check(x, weight, bias, chunk)
     labels = _check_labels(labels, x, ignore_index)
     head = _head(1.0, softcap, _inverse(temperature))
-    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, (chunk,), entropy=entropy)
+    sizes = chunk, None
+    rows = _stats_of(flat, weight, bias, labels, head, ignore_index, sizes, entropy=entropy)
     logprobs = (rows.picked - rows.lse).reshape(x.shape[:-1])
     return (logprobs, rows.entropy.reshape(x.shape[:-1])) if entropy else logprobs
 
@@ -1354,11 +1357,11 @@ def _check_patch(base, forward, options):
         with torch.no_grad():
             ways = base.eval()._stock_forward, forward
             stock, got = (way(input_ids=ids, labels=ids) for way in ways)
-            head, hidden = base.get_output_embeddings(), base.base_model(ids).last_hidden_state
-            weight = _head_weight(head)
+            hidden, layer = base.base_model(ids).last_hidden_state, base.get_output_embeddings()
+            weight, bias = _head_weight(layer), getattr(layer, "bias", None)
             products = _product(hidden[0].to(weight), weight.t(), torch.float32)
-            head = _head(options["logit_scale"], options["softcap"]), getattr(head, "bias", None)
-            logits = _logits_torch(products, *head[::-1])[0].to(stock.logits.device)
+            head = _head(options["logit_scale"], options["softcap"])
+            logits = _logits_torch(products, bias, head)[0].to(stock.logits.device)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -2176,10 +2179,10 @@ def _ways(frozen) -> dict:
     mean = lambda x, w, y, **options: _general(x, w, y, **options) / len(y)
     lean = {} if frozen else {"accum_dtype": torch.bfloat16}
     ways = {"ours": linear_cross_entropy}
-    if not frozen:
-        ways["ours, dW in bf16"] = functools.partial(linear_cross_entropy, **lean)
     if frozen:
         ways["ours, 160 MiB"] = functools.partial(linear_cross_entropy, budget_mib=160)
+    else:
+        ways["ours, dW in bf16"] = functools.partial(linear_cross_entropy, **lean)
     ways["ours, 64 MiB"] = functools.partial(linear_cross_entropy, budget_mib=64, **lean)
     ways |= {"general": mean, "general, compiled": functools.partial(mean, compile=True)}
     ways |= {"eager": _plain, "torch.compile": torch.compile(_plain)}
