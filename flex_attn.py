@@ -1,0 +1,2206 @@
+"""One attention interface: say the mask once, run the fastest correct kernel.
+
+Problem: FlexAttention, SDPA's four kernels, flash-attn and xformers each want the mask in another
+form (a mask_mod with a BlockMask, a flag, a dense tensor, cumulative lengths, a bias object), each
+refuses other inputs, and FlexAttention recompiles with every length unless it is held.
+
+Idea: causal, sliding window, packed documents and padding all let a query see one interval of keys.
+- `Mask` describes them; it lowers to whatever a kernel needs, once per batch for all layers.
+- For FlexAttention the intervals are data: two int32 numbers a query. One compiled graph serves all
+  windows, document layouts and lengths; a second one, without data, serves plain causal masks. The
+  block tables come from the first and last key of each block, 1/16384 of the work of evaluating
+  the mask everywhere. Lengths are padded inside to blocks of 128, heads and head size are constants
+  of the graph, and tile sizes per head size and mask come from a table measured on an H200 (TUNED;
+  `tune` measures for other GPUs and shapes).
+- `auto` follows rules measured on the GPU family; a backend asked for by name runs or says why not.
+- `register()` makes all this transformers' attn_implementation="flex_attn", position ids that
+  restart included (packed documents).
+
+Left out: dropout, additive biases, attention sinks, paged caches, block sizes other than 128 (64
+is 8% faster forward on short documents; torch's backward refuses it at head sizes up to 128).
+Run on an H200 and on CPUs. On a T4 (sm_75) nothing was run: there `auto` takes SDPA.
+
+    python flex_attn.py                   self-test, then timings; --test or --bench for one of them
+    python flex_attn.py --bench --json results/flex.json
+
+    from flex_attn import Mask, attention, register
+    out = attention(q, k, v)                                    # [B, H, S, D], grouped heads too
+    out = attention(q, k, v, mask=Mask(window=1024, doc_ids=ids), softcap=30.0)
+    register(); model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="flex_attn")
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import math
+import os
+import pydoc_data.topics
+import random
+import statistics
+import sys
+import time
+import types
+import unittest
+import unittest.mock
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from triton.testing import do_bench
+
+BLOCK = 128  # of FlexAttention's block mask; lengths are padded to it, and to two of them
+FAR = 2**30  # a window wider than any sequence
+SDPA = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+BACKENDS = ("flex", "sdpa", *SDPA, "varlen", "flash_attn", "xformers", "reference")
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Tiles(NamedTuple):
+    """FlexAttention's kernel options: forward (queries, keys, warps, stages), backward (queries and
+    keys of the dK/dV programs, of the dQ programs, warps, stages), TMA loads in the forward, scale
+    folded into q there (saves two multiplications a score, costs one rounding of q)."""
+
+    forward: tuple[int, int, int, int]
+    backward: tuple[int, int, int, int, int, int]
+    tma: bool = False
+    prescale: bool = False
+
+
+# By capability, head size up to, and kind: medians over 470 variants on one H200, torch 2.11, 4
+# sequences of 4096, 32/8 heads (16/8 at head size 256), bf16. Milliseconds forward+backward against
+# inductor's own choice: causal 128: 5.34 for 5.71, 64: 3.11 for 3.60, 256: 7.03 for 12.7;
+# documents of 512, 128: 1.24 for 1.42, 64: 0.79 for 1.19, 256: 1.74 for 2.50.
+TUNED: dict[tuple, Tiles] = {
+    ((9, 0), 64, "causal"): Tiles((64, 64, 4, 3), (32, 128, 128, 64, 4, 3), True, True),
+    ((9, 0), 64, "rows"): Tiles((64, 64, 4, 3), (32, 128, 128, 64, 4, 3)),
+    ((9, 0), 64, "softcap"): Tiles((64, 64, 4, 3), (64, 128, 128, 64, 8, 3)),
+    ((9, 0), 128, "causal"): Tiles((64, 64, 4, 3), (64, 128, 128, 64, 8, 3), True, True),
+    ((9, 0), 128, "rows"): Tiles((64, 64, 4, 3), (32, 64, 64, 64, 4, 2)),
+    ((9, 0), 128, "softcap"): Tiles((64, 64, 4, 3), (32, 64, 64, 64, 4, 2)),
+    ((9, 0), 256, "causal"): Tiles((128, 64, 8, 2), (64, 64, 128, 32, 8, 2), True),
+    ((9, 0), 256, "rows"): Tiles((128, 64, 8, 2), (64, 64, 128, 32, 8, 2), True),
+    ((9, 0), 256, "softcap"): Tiles((128, 64, 8, 2), (64, 64, 128, 32, 8, 2)),
+}
+
+# --------------------------------------------------------------------------------------------------
+# The mask, its checks, and the definition of attention in plain PyTorch
+
+
+def _need(ok, name, found, need, error=ValueError):
+    """Raise what was found and what is needed, put into words only then."""
+    if not ok:
+        words = lambda t: f"shape {list(t)}" if isinstance(t, tuple) else getattr(t, "__name__", t)
+        raise error(f"{name}: found {words(found)}, need {words(need)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys a query sees. Query i stands at key position i + offset; it sees key j if all hold:
+
+    causal: j <= i + offset.
+    window: the distance is less than `window` (1: itself alone), to both sides if not causal.
+    doc_ids: the ids of the two positions are equal. [S_k] or [B, S_k] integers, non-decreasing.
+    padding: both positions are real tokens. [B, S_k] bool, True for a real token.
+    offset: an int or a 0-d integer tensor; default S_k - S_q, so that the queries are the last
+        positions (decoding, chunked prefill). A static cache passes its own.
+
+    A query that sees no key has output zero and passes no gradient. Keep one Mask per batch for all
+    layers: what it lowers to is kept in it. On a GPU the first use of doc_ids or padding waits once
+    for the device, to check them (not inside torch.compile).
+    """
+
+    causal: bool = True
+    window: int | None = None
+    doc_ids: Tensor | None = None
+    padding: Tensor | None = None
+    offset: int | Tensor | None = None
+    _memo: dict = field(default_factory=dict, init=False, repr=False)
+    _blocks: "Blocks | None" = field(default=None, init=False, repr=False)
+    _dense: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self):
+        _need(isinstance(self.causal, bool), "causal", self.causal, "True or False", TypeError)
+        if self.window is not None:
+            ok = isinstance(self.window, int) and not isinstance(self.window, bool)
+            _need(ok, "window", self.window, "an integer or None", TypeError)
+            _need(self.window >= 1, "window", self.window, "1 or more")
+        for name, dims in (("doc_ids", (1, 2)), ("padding", (2,))):
+            value = getattr(self, name)
+            if value is not None:
+                _need(isinstance(value, Tensor), name, type(value), "a tensor or None", TypeError)
+                if name == "padding":
+                    _need(value.dtype == torch.bool, name, value.dtype, "torch.bool", TypeError)
+                else:
+                    ok = not value.dtype.is_floating_point and value.dtype != torch.bool
+                    _need(ok, name, value.dtype, "an integer dtype", TypeError)
+                _need(value.ndim in dims, name, value.shape, "[S_k] or [B, S_k]"[-8 * len(dims) :])
+
+        if not _tracing():  # else a compiled caller would take their lengths for constants
+            for tensor in (self.doc_ids, self.padding):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, tuple(range(tensor.ndim)))
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but causal or not."""
+        return self.window is self.doc_ids is self.padding is self.offset is None
+
+    ndim = 0  # transformers asks masks for it, and has static caches' masks made contiguous
+
+    def contiguous(self) -> "Mask":
+        return self
+
+    def prepare(self, q: Tensor, k: Tensor) -> "Mask":
+        """This mask, checked and lowered for q and k [B, H, S, D] of these lengths, for use inside
+        a torch.compile'd region: layers compiled one by one then share one block table."""
+        mask = _simplified(self, k.shape[2])
+        if not mask.plain:
+            mask = replace(mask)
+            dense = not q.is_cuda or q.shape[2] < BLOCK or _unable_flex(q) is not None
+            name, make = ("_dense", dense_mask) if dense else ("_blocks", _lower)
+            lowered = make(mask, q, k)
+            for tensor in lowered[:3] + lowered[4:] if name == "_blocks" else (lowered,):
+                torch._dynamo.maybe_mark_dynamic(tensor, tuple(range(tensor.ndim)))
+            object.__setattr__(mask, name, lowered)
+        return mask
+
+
+def _tracing():
+    return torch.compiler.is_compiling()
+
+
+def _kept(memo, key, make, most=64):
+    """The value of `key`, made if it is new; the oldest leave."""
+    if key not in memo:
+        while len(memo) >= most:
+            memo.pop(next(iter(memo)))
+        memo[key] = make()
+    return memo[key]
+
+
+def _facts(mask):
+    """Of doc_ids and padding, in one transfer: (ids fall somewhere, a token is padding, a document
+    has padding between its tokens)."""
+
+    def read():
+        ids, real, no = mask.doc_ids, mask.padding, torch.zeros((), dtype=torch.bool)
+        flags = [no, no, no]
+        if ids is not None:
+            flags[0] = (ids[..., 1:] < ids[..., :-1]).any()
+        if real is not None:
+            size = real.shape[1]
+            at = torch.arange(size, device=real.device)
+            before = F.pad(torch.where(real, at, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+            gap = real & (before >= 0) & (before < at - 1)
+            if ids is not None:
+                two = ids.expand(real.shape)
+                gap = gap & (two.gather(1, before.clamp(min=0)) == two)
+            flags[1:] = [~real.all(), gap.any()]
+        device = next((f.device for f in flags if f.device.type != "cpu"), no.device)
+        return torch.stack([f.to(device) for f in flags]).tolist()
+
+    return _kept(mask._memo, "facts", read)
+
+
+def _simplified(mask, k_len):
+    """The mask without what changes nothing; doc_ids checked for order."""
+    if mask.plain:
+        return mask
+
+    def make():
+        unsorted, padded, _ = _facts(mask)
+        _need(not unsorted, "doc_ids", "ids that fall", "non-decreasing ids in each row")
+        changes = {}
+        if mask.padding is not None and not padded:
+            changes["padding"] = None
+        if mask.window is not None and mask.window >= k_len and mask.offset is None:
+            changes["window"] = None
+        if not changes:
+            return mask
+        simple = replace(mask, **changes)
+        simple._memo["facts"] = [False, padded, mask._memo["facts"][2]]
+        return simple
+
+    return _kept(mask._memo, ("simple", k_len), make)
+
+
+def _check(q, k, v, mask, scale, softcap):
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _need(isinstance(t, Tensor), name, type(t), "a tensor", TypeError)
+        _need(t.ndim == 4, name, t.shape, "[B, H, S, D]")
+        _need(t.is_floating_point(), name, t.dtype, "a floating-point dtype", TypeError)
+        _need(t.device == q.device, name, t.device, f"{q.device} as q")
+        _need(t.dtype == q.dtype, name, t.dtype, f"{q.dtype} as q", TypeError)
+    batch, heads, q_len, dim = q.shape
+    kv_heads, k_len = k.shape[1:3]
+    _need(q_len > 0 and k_len > 0 and batch > 0, "q", q.shape, "at least one token")
+    _need(k.shape[0] == batch and k.shape[3] == dim, "k", k.shape, (batch, kv_heads, k_len, dim))
+    _need(v.shape == k.shape, "v", v.shape, tuple(k.shape))
+    if kv_heads == 0 or heads % kv_heads:
+        _need(False, "k", f"{kv_heads} heads", f"a number that divides q's {heads}")
+    _need(isinstance(mask, Mask), "mask", type(mask), "a Mask", TypeError)
+    for name, tensor in (("doc_ids", mask.doc_ids), ("padding", mask.padding)):
+        if tensor is not None:
+            shape = (batch, k_len)[2 - tensor.ndim :]
+            ok = all(a == b for a, b in zip(tensor.shape, shape, strict=True))
+            _need(ok, name, tensor.shape, shape)
+            _need(tensor.device == q.device, name, tensor.device, f"{q.device} as q")
+    tokens = mask.doc_ids is not None or mask.padding is not None
+    if tokens and q_len > k_len:  # (these words would make torch.compile take sizes for constants)
+        words = f"at most the {k_len} keys with doc_ids or padding"
+        _need(False, "q", f"{q_len} queries", words)
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None:
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _need(ok, name, value, "a number or None", TypeError)
+            _need(0 < value < math.inf, name, value, "more than 0")
+
+
+def dense_mask(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
+    """The definition: bool [B or 1, 1, S_q, S_k], True where query i sees key j."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    offset = k_len - q_len if mask.offset is None else mask.offset
+    i = (torch.arange(q_len, device=q.device) + offset)[:, None]
+    j = torch.arange(k_len, device=q.device)[None]
+    sees = torch.ones_like(i - j, dtype=torch.bool)
+    if mask.causal:
+        sees = sees & (j <= i)
+    if mask.window is not None:
+        sees = sees & ((i - j).abs() < mask.window)
+    sees = sees[None]
+    at = i[:, 0].clamp(0, k_len - 1)
+    if mask.doc_ids is not None:
+        ids = mask.doc_ids if mask.doc_ids.ndim == 2 else mask.doc_ids[None]
+        sees = sees & (ids[:, at, None] == ids[:, None, :])
+    if mask.padding is not None:
+        sees = sees & mask.padding[:, at, None] & mask.padding[:, None, :]
+    return sees[:, None]
+
+
+def _repeated(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else tuple(t.repeat_interleave(group, 1) for t in (k, v))
+
+
+def _run_reference(q, k, v, mask, scale, softcap):
+    """Plain attention in float32 (float64 for float64 inputs): every score in memory."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = _repeated(q, k, v)
+    scores = q.to(wide) @ k.to(wide).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    sees = dense_mask(mask, q, k) if mask._dense is None else mask._dense
+    scores = scores.masked_fill(~sees, -math.inf)
+    weights = scores.masked_fill(~sees.any(-1, True), 0).softmax(-1)
+    return (weights.masked_fill(~sees, 0) @ v.to(wide)).to(q.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# FlexAttention: intervals, block tables, kernels
+
+
+class Blocks(NamedTuple):
+    """A mask lowered for FlexAttention; all of it data, for lengths padded to blocks."""
+
+    lo: Tensor  # int32 [B or 1, pitch], flat: the first key that a query sees
+    hi: Tensor  # and the last; lo > hi for none
+    real: Tensor  # bool [B, pitch], flat: the keys that are no padding; empty if all are real
+    pitch: Tensor  # int32, the larger of S_q and S_k, or 0 where all sequences share a row
+    tables: Tensor  # int32: BlockMask's eight tables one after the other, then a 0
+
+
+def _runs(ids):
+    """The first and last position [B, S] of the run of equal ids that each position is in."""
+    size = ids.shape[-1]
+    at = torch.arange(size, device=ids.device)
+    new = F.pad(ids[:, 1:] != ids[:, :-1], (1, 1), value=True)
+    first = torch.where(new[:, :-1], at, 0).cummax(-1).values
+    last = torch.where(new[:, 1:], at, size).flip(-1).cummin(-1).values.flip(-1)
+    return first, last
+
+
+def _ordered(dense):
+    """How many are set in each row of bools [B, 1, n, m], and their columns, before the others."""
+    rank = dense.cumsum(-1)
+    place = torch.where(dense, rank, rank[..., -1:] + (~dense).cumsum(-1)) - 1
+    columns = torch.arange(dense.shape[-1], device=dense.device).expand(dense.shape)
+    return [rank[..., -1].flatten(), torch.empty_like(place).scatter_(-1, place, columns).flatten()]
+
+
+def _build(numbers, ids, real, q_size, k_size, causal):
+    """Blocks of a mask. numbers: int64 [4], S_q, S_k, offset, window; ids, real: [B or 1, k_size].
+    Queries past S_q repeat the last one: their outputs are cut off, and they keep blocks full."""
+    q_len, k_len, offset, window = numbers
+    at = torch.minimum(torch.arange(q_size, device=numbers.device), q_len - 1) + offset
+    inside, at = at.clamp(0, k_size - 1), at[None]
+    lo, hi = (at - window + 1).clamp(min=0), at if causal else at + window - 1
+    if ids is not None:
+        first, last = _runs(ids)
+        lo, hi = torch.maximum(lo, first[:, inside]), torch.minimum(hi, last[:, inside])
+    if real is not None:
+        hi = torch.where(real[:, inside], hi, -1)
+    hi = torch.minimum(hi, k_len - 1)
+    lo, hi = torch.where(lo > hi, k_size, lo), torch.where(lo > hi, -1, hi)
+    rows = lambda t: t.view(t.shape[0], 1, q_size // BLOCK, BLOCK)
+    start = torch.arange(0, k_size, BLOCK, device=lo.device)
+    end = start + BLOCK - 1
+    some = (end >= rows(lo).amin(-1, True)) & (start <= rows(hi).amax(-1, True))
+    full = (start >= rows(lo).amax(-1, True)) & (end <= rows(hi).amin(-1, True))
+    if real is not None:
+        keys = real.view(real.shape[0], 1, 1, k_size // BLOCK, BLOCK)
+        some, full = some & keys.any(-1), full & keys.all(-1)
+    some = some & ~full
+    tables = [t for dense in (some, full, some.mT, full.mT) for t in _ordered(dense)]
+    tables = torch.cat([*tables, tables[0].new_zeros(1)])
+    pitch = max(q_size, k_size)
+    flat = lambda t: F.pad(t, (0, pitch - t.shape[1])).flatten()
+    real = numbers.new_empty(0, dtype=torch.bool) if real is None else flat(real)
+    number = torch.zeros_like(q_len) + (pitch if lo.shape[0] > 1 else 0)
+    lo, hi, number, tables = (t.to(torch.int32) for t in (flat(lo), flat(hi), number, tables))
+    return Blocks(lo, hi, real, number, tables)
+
+
+@functools.cache
+def _compiled_build():
+    return torch.compile(_build, dynamic=True, fullgraph=True)
+
+
+def _padded_size(size):
+    return max(-(-size // BLOCK), 2) * BLOCK
+
+
+@torch.library.custom_op("flex_attn::blocks", mutates_args=())
+def _blocks(
+    like: Tensor,
+    q_len: int,
+    k_len: int,
+    offset: int | None,
+    offset_tensor: Tensor | None,
+    window: int,
+    ids: Tensor | None,
+    real: Tensor | None,
+    causal: bool,
+) -> list[Tensor]:
+    """Blocks on like's device; an operator, so that a compiled caller neither inlines nor breaks."""
+    full = functools.partial(torch.full, (), dtype=torch.int64, device=like.device)
+    at = full(offset) if offset_tensor is None else offset_tensor.to(torch.int64).reshape(())
+    numbers = torch.stack([full(q_len), full(k_len), at, full(window)])
+    q_size, k_size = _padded_size(q_len), _padded_size(k_len)
+    if ids is not None:
+        ids = F.pad((ids if ids.ndim == 2 else ids[None]).long(), (0, k_size - k_len))
+    if real is not None:
+        real = F.pad(real, (0, k_size - k_len)).clone()
+    return list(_compiled_build()(numbers, ids, real, q_size, k_size, causal))
+
+
+@_blocks.register_fake
+def _(like, q_len, k_len, offset, offset_tensor, window, ids, real, causal):
+    q_size, k_size = _padded_size(q_len), _padded_size(k_len)
+    batch = ids.shape[0] if ids is not None and ids.ndim == 2 else 1
+    batch = batch if real is None else real.shape[0]
+    n, m = q_size // BLOCK, k_size // BLOCK
+    rows = batch * max(q_size, k_size)
+    sizes = (rows,), (rows,), (0 if real is None else rows,), ()
+    sizes = *sizes, (batch * (2 * n + 2 * m + 4 * n * m) + 1,)
+    dtypes = torch.int32, torch.int32, torch.bool, torch.int32, torch.int32
+    return [like.new_empty(size, dtype=t) for size, t in zip(sizes, dtypes, strict=True)]
+
+
+PLAIN = OrderedDict()  # Blocks of masks without tensors, shared by all Masks
+
+
+def _lower(mask, q, k):
+    """Blocks for q and k [B, H, S, D], kept in the mask (without tensors: for all masks)."""
+    q_len, k_len, device = q.shape[2], k.shape[2], q.device
+    offset = k_len - q_len if mask.offset is None else mask.offset
+
+    def make():
+        given = (None, offset) if isinstance(offset, Tensor) else (offset, None)
+        window = FAR if mask.window is None else mask.window
+        ids, real = mask.doc_ids, mask.padding
+        blocks = Blocks(*_blocks(q, q_len, k_len, *given, window, ids, real, mask.causal))
+        if device.type == "cpu" and not _tracing():
+            # inductor's C++ kernel mixes up the names of such sizes: make them constants, rounded
+            fixed = [F.pad(t, (0, _rounded(t.numel()) - t.numel())) for t in blocks[:3]]
+            blocks = Blocks(*fixed, *blocks[3:])
+        return blocks
+
+    if _tracing():
+        return mask._blocks if mask._blocks is not None else make()
+    if mask._blocks is not None:
+        return mask._blocks
+    if mask.doc_ids is None and mask.padding is None and not isinstance(offset, Tensor):
+        key = (q_len, k_len, offset, mask.window, mask.causal, device)
+        return _kept(PLAIN, key, make, most=16)
+    return _kept(mask._memo, ("blocks", q_len, k_len), make, most=8)
+
+
+def _rounded(size):
+    return 0 if size == 0 else max(2**16, 2 ** (size - 1).bit_length())
+
+
+def _softcapped(score, softcap):
+    """softcap * tanh(score / softcap), by a sigmoid: its code and its gradient are shorter."""
+    return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
+
+
+def _flex(q, k, v, blocks, *, kind, scale, softcap, options, inside, per_row, padded):
+    """FlexAttention on lengths that are multiples of BLOCK; traced, never run as it is. With
+    `inside` tensors come as [B, S, H, D]: gradients then have the layout that autograd expects."""
+    if inside:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    lo, hi, real, pitch, tables = blocks
+    if kind == "causal":
+        mask_mod = lambda b, h, i, j: j <= i
+    elif padded:
+
+        def mask_mod(b, h, i, j):
+            row = b * pitch + i
+            return (j >= lo[row]) & (j <= hi[row]) & real[b * pitch + j]
+    else:
+
+        def mask_mod(b, h, i, j):
+            row = b * pitch + i
+            return (j >= lo[row]) & (j <= hi[row])
+
+    score_mod = None
+    if softcap is not None:
+        score_mod = lambda score, b, h, i, j: _softcapped(score, softcap)
+    batch, n, m = q.shape[0] if per_row else 1, q.shape[2] // BLOCK, k.shape[2] // BLOCK
+    shapes = [(batch, 1, n), (batch, 1, n, m)] * 2 + [(batch, 1, m), (batch, 1, m, n)] * 2
+    parts = tables[:-1].split([math.prod(shape) for shape in shapes])
+    parts = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    if q.device.type == "cpu":  # inductor's C++ kernel needs each table in a buffer of its own
+        parts = [part + tables[-1] for part in parts]
+    block_mask = BlockMask((q.shape[2], k.shape[2]), *parts, (BLOCK, BLOCK), mask_mod)
+    out = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=dict(options),
+    )
+    return out.transpose(1, 2) if inside else out
+
+
+@functools.cache
+def _compiled_flex(name, *key):
+    """_flex compiled for these constants (as arguments, torch.compile would make symbols of them).
+    The copied code keeps a cache and a name of its own in torch.compile's logs."""
+    names = ("kind", "scale", "softcap", "options", "inside", "per_row", "padded")
+    given = dict(zip(names, key, strict=False))
+    constant = torch.compiler.assume_constant_result(lambda which: given[which])
+
+    def run(q, k, v, blocks):
+        return _flex(q, k, v, blocks, **{which: constant(which) for which in names})
+
+    run.__code__ = run.__code__.replace(co_name=name)
+    return torch.compile(run, fullgraph=True)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def _options(kind, dim, dtype, device, softcap):
+    """FlexAttention's kernel_options. Lengths are padded, so no kernel checks bounds."""
+    if device.type != "cuda":
+        return ()
+    options = {"IS_DIVISIBLE": True}
+    if kind == "causal":  # one partial block and those before it; else holes are possible
+        options["BLOCKS_ARE_CONTIGUOUS"] = True
+    if dtype in HALF:
+        size = next((size for size in (64, 128, 256) if dim <= size), None)
+        tiles = TUNED.get((_capability(device.index), size, kind if softcap is None else "softcap"))
+        if tiles is not None:
+            options |= _tile_options(tiles, dim == size)
+    return tuple(options.items())
+
+
+def _tile_options(tiles, whole=True):
+    names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps", "fwd_num_stages")
+    options = dict(zip(names, tiles.forward, strict=True))
+    names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_warps", "num_stages")
+    options |= dict(zip(("bwd_" + name for name in names), tiles.backward, strict=True))
+    options["fwd_USE_TMA"] = tiles.tma and whole
+    options["fwd_PRESCALE_QK"] = tiles.prescale
+    return options
+
+
+def _run_flex(q, k, v, mask, scale, softcap):
+    q_len, k_len, dim = q.shape[2], k.shape[2], q.shape[3]
+    kind = "causal" if mask.causal and mask.plain and q_len == k_len else "rows"
+    blocks = _lower(mask, q, k)
+    options = _options(kind, dim, q.dtype, q.device, softcap)
+    inside = q.stride(1) < q.stride(
+        2
+    )  # the heads of a token lie together, as projections leave them
+    if inside:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    axis = 1 if inside else 2
+    longer = lambda t, n: F.pad(t, (0, 0) * (3 - axis) + (0, n)) if n else t.view(t.shape)
+    q = longer(q, _padded_size(q_len) - q_len)
+    k, v = (longer(t, _padded_size(k_len) - k_len) for t in (k, v))
+    padded = mask.padding is not None
+    per_row = padded or (mask.doc_ids is not None and mask.doc_ids.ndim == 2)
+    per_row = per_row and q.shape[0] > 1
+    if _tracing():  # a number that came as an argument is a symbol there
+        scale, softcap = guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
+    constants = (kind, scale, softcap, options, inside, per_row, padded)
+    if _tracing():
+        names = ("kind", "scale", "softcap", "options", "inside", "per_row", "padded")
+        out = _flex(q, k, v, blocks, **dict(zip(names, constants, strict=True)))
+    else:
+        for t in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(t, (0, axis))
+        torch._dynamo.maybe_mark_dynamic(blocks.tables, 0)
+        if q.device.type != "cpu":
+            for t in blocks[:3]:
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        name = f"flex_{kind}" + "_padded" * padded + "_softcap" * (softcap is not None)
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        heads = q.shape[3 - axis], k.shape[3 - axis], dim
+        variant = (q.dtype, q.device, heads, grad, q.shape[0] == 1, q_len == k_len)
+        out = _compiled_flex(name, *constants, *variant)(q, k, v, blocks)
+    if out.shape[axis] != q_len:  # (a slice copies its gradient)
+        out = out.narrow(axis, 0, q_len)
+    return out.transpose(1, 2) if inside else out
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels that take cumulative lengths (varlen, flash-attn, xformers), and SDPA
+
+
+class Segments(NamedTuple):
+    """A batch as one row of tokens: documents or sequences one after the other, padding left out."""
+
+    q_lens: list[int]
+    k_lens: list[int]
+    cu_q: Tensor  # int32 [segments + 1]
+    cu_k: Tensor
+    q_index: Tensor | None  # int64: where the kept tokens stand in [B * S]; None: all are kept
+    k_index: Tensor | None
+
+
+def _segments(mask, q, k):
+    batch, q_len, k_len, device = q.shape[0], q.shape[2], k.shape[2], q.device
+
+    def make():
+        q_index = k_index = None
+        if mask.doc_ids is None and mask.padding is None:
+            q_lens, k_lens = [q_len] * batch, [k_len] * batch
+        else:
+            shape = batch, k_len
+            real = torch.ones(shape, dtype=torch.bool, device=device)
+            new = torch.zeros(shape, dtype=torch.bool, device=device)
+            new[:, 0] = True
+            if mask.doc_ids is not None:
+                ids = mask.doc_ids.expand(shape)
+                new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+            if mask.padding is not None:
+                real = mask.padding
+            segment = new.flatten().cumsum(0) - 1
+            queries = real.clone()
+            queries[:, : k_len - q_len] = False
+            count = lambda kept: torch.bincount(
+                segment[kept.flatten()], minlength=int(segment[-1]) + 1
+            ).tolist()
+            q_lens, k_lens = count(queries), count(real)
+            if mask.padding is not None:
+                k_index = real.flatten().nonzero()[:, 0]
+                q_index = real[:, k_len - q_len :].flatten().nonzero()[:, 0]
+            pairs = [pair for pair in zip(q_lens, k_lens, strict=True) if pair[0]]
+            if k_lens and len(pairs) < len(q_lens):  # documents before the first query
+                kept = torch.tensor([length > 0 for length in q_lens], device=device)
+                k_index = (real.flatten() & kept[segment]).nonzero()[:, 0]
+            q_lens, k_lens = [p[0] for p in pairs], [p[1] for p in pairs]
+        cu = lambda lens: torch.tensor(
+            [0, *itertools.accumulate(lens)], dtype=torch.int32, device=device
+        )
+        return Segments(q_lens, k_lens, cu(q_lens), cu(k_lens), q_index, k_index)
+
+    return _kept(mask._memo, ("segments", batch, q_len, k_len, device), make, most=8)
+
+
+def _with_segments(run, q, k, v, mask):
+    """run(q, k, v [tokens, H, D], segments) put back into [B, H, S, D], zero where padding was."""
+    segments = _segments(mask, q, k)
+    batch, heads, q_len, dim = q.shape
+    rows = lambda t: t.transpose(1, 2).reshape(-1, t.shape[1], dim)
+    q, k, v = rows(q), rows(k), rows(v)
+    if segments.k_index is not None:
+        k, v = k[segments.k_index], v[segments.k_index]
+    if segments.q_index is not None:
+        zeros = q.new_zeros(q.shape)
+        out = run(q[segments.q_index], k, v, segments) if segments.q_lens else None
+        out = zeros + q * 0 if out is None else zeros.index_copy(0, segments.q_index, out)
+    else:
+        out = run(q, k, v, segments)
+    return out.view(batch, q_len, heads, dim).transpose(1, 2)
+
+
+def _sides(mask, none):
+    """A window as the keys seen to the left and right."""
+    right = 0 if mask.causal else none
+    if mask.window is None:
+        return none, right
+    return mask.window - 1, 0 if mask.causal else mask.window - 1
+
+
+@functools.cache
+def _varlen():
+    """torch's varlen_attn and whether it takes enable_gqa, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    names = inspect.signature(varlen_attn).parameters
+    return (varlen_attn, "enable_gqa" in names) if "window_size" in names else (None, False)
+
+
+def _run_varlen(q, k, v, mask, scale, softcap):
+    function, flag = _varlen()
+    more = {"enable_gqa": True} if flag and q.shape[1] != k.shape[1] else {}
+
+    def run(q, k, v, s):
+        most = max(s.q_lens), max(s.k_lens)
+        window = _sides(mask, -1)
+        return function(q, k, v, s.cu_q, s.cu_k, *most, scale=scale, window_size=window, **more)
+
+    return _with_segments(run, q, k, v, mask)
+
+
+@functools.cache
+def _flash():
+    """(version, flash_attn_func, flash_attn_varlen_func), or (0, the reason, None)."""
+    for version, name in ((2, "flash_attn.flash_attn_interface"), (4, "flash_attn.cute")):
+        try:
+            module = importlib.import_module(name)
+            return version, module.flash_attn_func, module.flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError):
+            continue
+    return 0, "flash-attn (2 or 4) is not installed", None
+
+
+def _run_flash_attn(q, k, v, mask, scale, softcap):
+    version, dense, varlen = _flash()
+    window = _sides(mask, -1 if version == 2 else None)
+    window = (window[0], -1 if version == 2 else None) if mask.window is None else window
+    options = {"softmax_scale": scale, "causal": mask.causal, "window_size": window}
+    if softcap is not None:
+        options["softcap"] = softcap
+    first = lambda out: out[0] if isinstance(out, tuple) else out
+    if mask.doc_ids is None and mask.padding is None:
+        out = first(dense(*(t.transpose(1, 2) for t in (q, k, v)), **options))
+        return out.transpose(1, 2)
+
+    def run(q, k, v, s):
+        lengths = {"max_seqlen_q": max(s.q_lens), "max_seqlen_k": max(s.k_lens)}
+        cu = {"cu_seqlens_q": s.cu_q, "cu_seqlens_k": s.cu_k}
+        return first(varlen(q, k, v, **cu, **lengths, **options))
+
+    return _with_segments(run, q, k, v, mask)
+
+
+@functools.cache
+def _xformers():
+    """(xformers.ops.fmha, its attn_bias), or (None, the reason)."""
+    try:
+        fmha = importlib.import_module("xformers.ops.fmha")
+        if not any(op.is_available() for op in (fmha.flash.FwOp, fmha.cutlass.FwOp)):
+            return None, "this xformers was built for another torch or without CUDA"
+        return fmha, importlib.import_module("xformers.ops.fmha.attn_bias")
+    except (ImportError, AttributeError, OSError):
+        return None, "xformers is not installed"
+
+
+def _run_xformers(q, k, v, mask, scale, softcap):
+    fmha, bias = _xformers()
+    k, v = _repeated(q, k, v)
+
+    def run(q, k, v, s):
+        blocks = bias.BlockDiagonalMask.from_seqlens(s.q_lens, s.k_lens)
+        if mask.window is not None:
+            blocks = blocks.make_local_attention_from_bottomright(mask.window)
+        elif mask.causal:
+            blocks = blocks.make_causal_from_bottomright()
+        rows = (t[None] for t in (q, k, v))
+        return fmha.memory_efficient_attention(*rows, attn_bias=blocks, scale=scale)[0]
+
+    return _with_segments(run, q, k, v, mask)
+
+
+def _needs_dense(q, k, mask):
+    """Whether SDPA needs the mask as a tensor: its is_causal counts from the first key."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    return not mask.plain or (mask.causal and q_len != 1 and q_len != k_len)
+
+
+def _run_sdpa(q, k, v, mask, scale, softcap, kernel=None):
+    grouped = q.shape[1] != k.shape[1]
+    dense = empty = None
+    if _needs_dense(q, k, mask):
+        if mask._dense is not None:
+            dense = mask._dense
+        elif _tracing() or mask.plain:
+            dense = dense_mask(mask, q, k)
+        else:
+            key = ("dense", q.shape[2], k.shape[2])
+            dense = _kept(mask._memo, key, lambda: dense_mask(mask, q, k), most=2)
+        # Rows without a key are NaN in some kernels: let them see all, and zero them afterwards
+        if mask.padding is not None or mask.offset is not None or q.shape[2] > k.shape[2]:
+            empty = ~dense.any(-1, True)
+            dense = dense | empty
+    # Only cuDNN, flash and math take grouped heads; memory-efficient is what is left for a dense
+    # mask before sm_90 and for all else before sm_80
+    old = q.is_cuda and _capability(q.device.index) < ((9, 0) if dense is not None else (8, 0))
+    if grouped and (kernel == "sdpa_efficient" or (kernel is None and old)):
+        k, v = _repeated(q, k, v)
+        grouped = False
+    causal = False  # one query, the last position, sees all keys
+    if dense is None and mask.causal and q.shape[2] != 1:
+        causal = True
+    with sdpa_kernel([SDPA[kernel]]) if kernel else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=dense, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return out if empty is None else out.masked_fill(empty, 0)
+
+
+RUN = {
+    "flex": _run_flex,
+    "sdpa": _run_sdpa,
+    **{name: functools.partial(_run_sdpa, kernel=name) for name in SDPA},
+    "varlen": _run_varlen,
+    "flash_attn": _run_flash_attn,
+    "xformers": _run_xformers,
+    "reference": _run_reference,
+}
+
+# --------------------------------------------------------------------------------------------------
+# What can run, what should run, and the interface
+
+
+def _unable_flex(q):
+    if q.dtype == torch.float64:
+        return "FlexAttention has no float64 kernel"
+    if q.device.type == "cpu":
+        return "inside torch.compile on a CPU its sizes are mixed up" if _tracing() else None
+    if q.device.type != "cuda":
+        return f"not tried on {q.device.type}"
+    if _capability(q.device.index) < (8, 0):
+        return "FlexAttention needs compute capability 8.0"
+    return None if 16 <= q.shape[3] <= 256 else f"head size {q.shape[3]}, not 16 to 256"
+
+
+def _unable_sdpa(name, q, k, v, mask):
+    if name == "sdpa" or (name == "sdpa_math" and q.device.type in ("cpu", "cuda")):
+        return None
+    if not q.is_cuda:
+        return f"{name} names a CUDA kernel, the tensors are on {q.device}"
+    if _tracing():
+        return None  # SDPA itself says so
+    dense = None
+    if _needs_dense(q, k, mask):
+        size = q.shape[0], 1, q.shape[2], k.shape[2]
+        dense = torch.empty(size[3], dtype=torch.bool, device=q.device).expand(size)
+    if name == "sdpa_efficient":
+        k, v = (t[:, :1].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    grouped = q.shape[1] != k.shape[1]
+    causal = dense is None and mask.causal and q.shape[2] == k.shape[2]
+    params = torch.backends.cuda.SDPAParams(q, k, v, dense, 0.0, causal, grouped)
+    can = getattr(torch.backends.cuda, f"can_use_{name.removeprefix('sdpa_')}_attention")
+    if can(params):
+        return None
+    if name == "sdpa_flash" and dense is not None:
+        return "it takes no mask but causal or none"
+    return f"torch.backends.cuda.{can.__name__} refuses these inputs"
+
+
+def supports(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float | None = None
+) -> str | None:
+    """None if `backend` can run this, forward and (where an input requires gradients) backward; else
+    the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
+    inputs that no backend takes."""
+    _need(backend in BACKENDS, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
+    _check(q, k, v, mask, None, softcap)
+    return _unable(backend, q, k, v, mask if _tracing() else _simplified(mask, k.shape[2]), softcap)
+
+
+def _unable(backend, q, k, v, mask, softcap):
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if backend == "reference":
+        return None
+    if backend == "flex":
+        if grad and q.device.type == "cpu":
+            return "FlexAttention has no backward on CPUs"
+        return _unable_flex(q)
+    if backend == "sdpa" or backend in SDPA:
+        return (
+            "SDPA has no softcap" if softcap is not None else _unable_sdpa(backend, q, k, v, mask)
+        )
+    if _tracing():
+        return "its lengths have to be known on the host, which torch.compile does not allow"
+    package = {"varlen": _varlen, "flash_attn": _flash, "xformers": _xformers}[backend]()
+    if not package[0]:
+        return package[1] or "this torch has no varlen_attn with windows"
+    if q.device.type != "cuda" or q.dtype not in HALF:
+        return f"needs float16 or bfloat16 on a GPU, found {q.dtype} on {q.device.type}"
+    capability = _capability(q.device.index)
+    least = (9, 0) if backend == "flash_attn" and package[0] == 4 else (8, 0)
+    if capability < least and backend != "xformers":
+        return f"needs compute capability {least[0]}.0, found {capability[0]}.{capability[1]}"
+    if q.shape[3] % 8 or q.shape[3] > 256:
+        return f"head size {q.shape[3]}, not a multiple of 8 up to 256"
+    if mask.offset is not None or q.shape[2] > k.shape[2]:
+        return "queries have to be the last positions"
+    if softcap is not None and backend != "flash_attn":
+        return f"{backend} has no softcap"
+    if mask.window is not None and not mask.causal and backend == "xformers":
+        return "its windows are causal"
+    if mask.window is not None and mask.padding is not None and _facts(mask)[2]:
+        return "padding inside a sequence would shorten the window"
+    return None
+
+
+@functools.cache
+def _say(words):
+    warnings.warn("flex_attn: " + words, stacklevel=4)
+
+
+def _choose(q, k, v, mask, softcap):
+    """The fastest of what can run, by rules from timings on an H200 (torch 2.11, flash-attn
+    4.0.0b36, bf16; ms forward / forward+backward at 4 x 32/8 x 4096 x 128 unless said)."""
+    can = lambda name: _unable(name, q, k, v, mask, softcap) is None
+    hopper = q.is_cuda and _capability(q.device.index) == (9, 0)
+    if not q.is_cuda:
+        if softcap is None:
+            return "sdpa"
+    elif q.shape[2] < BLOCK and softcap is None:
+        return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
+    elif hopper and q.shape[2] >= BLOCK and mask.padding is None and _is_flash4():
+        # causal: flash-attn 4 0.93 / 3.70, SDPA (cuDNN) 0.91 / 4.06, flex 1.23 / 5.35
+        # window 1024: 0.48 / 1.97, flex 0.72 / 2.93; softcap and head size 256: 1.20 / 5.62, flex
+        # 1.43 / 8.52. documents of 512: 0.26 / 1.15, flex 0.31 / 1.25, but 0.54 / 1.86 where tokens
+        # do not lie together, because it copies q, k and v then
+        grad = torch.is_grad_enabled() and q.requires_grad
+        together = mask.doc_ids is None or q.stride(1) < q.stride(2)
+        if together and (grad or softcap is not None or not mask.plain) and can("flash_attn"):
+            return "flash_attn"
+    if softcap is None and mask.plain:
+        return "sdpa"
+    if q.is_cuda and can("flex"):
+        # documents: flex 0.31 / 1.25, varlen 0.47 / 1.73, SDPA with a dense mask 3.3 / 12.4
+        # window: flex 0.72 / 2.93, varlen 1.03 / 3.68, dense 3.4 / 12.5
+        return "flex"
+    if softcap is None:
+        if not _tracing():
+            _say("no FlexAttention here: SDPA with a dense mask takes its place")
+        return "sdpa"
+    if not _tracing():
+        _say("softcap without FlexAttention: the plain reference runs, all scores in memory")
+    return "reference"
+
+
+def _is_flash4():
+    return not _tracing() and _flash()[0] == 4
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = Mask(),
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T * scale under mask) v.
+
+    q: [B, H, S_q, D]; k, v: [B, H_kv, S_k, D], H a multiple of H_kv; one floating dtype and device.
+    scale: default D ** -0.5. softcap: scores become softcap * tanh(scores / softcap).
+    backend: "auto" (the rules of `_choose`), or one of BACKENDS, which then runs or raises
+    ValueError with the reason of `supports`. Returns [B, H, S_q, D] in q's dtype; rows that see no
+    key are zero. Raises ValueError or TypeError for inputs that do not fit together.
+    """
+    _check(q, k, v, mask, scale, softcap)
+    if not _tracing():
+        mask = _simplified(mask, k.shape[2])
+    if backend == "auto":
+        backend = _choose(q, k, v, mask, softcap)
+    else:
+        _need(
+            backend in BACKENDS, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS)
+        )
+        reason = _unable(backend, q, k, v, mask, softcap)
+        _need(
+            reason is None, "backend", f"{backend!r}, which cannot run this ({reason})", "another"
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return RUN[backend](q, k, v, mask, scale, softcap)
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers
+
+
+def _read_mask(function):
+    """(causal, window, document ids) of one of transformers' mask functions, which are closures."""
+    from transformers import masking_utils
+
+    if function is masking_utils.causal_mask_function:
+        return True, None, None
+    if function is masking_utils.bidirectional_mask_function:
+        return False, None, None
+    name = function.__qualname__.split(".")[0]
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    inner = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    if name == "sliding_window_overlay":
+        return None, inner["sliding_window"], None
+    if name == "sliding_window_bidirectional_overlay":
+        return False, inner["sliding_window"] + 1, None
+    if name == "packed_sequence_mask_function":
+        return None, None, inner["packed_sequence_mask"]
+    if name == "remap_positions_for_packed_sequence":  # equal distances within a document
+        return _read_mask(inner["mask_function"])
+    _need(
+        name == "and_masks", "mask function", name, "causal, sliding or packed", NotImplementedError
+    )
+    read = [_read_mask(part) for part in inner["mask_functions"]]
+    return tuple(next((part[i] for part in read if part[i] is not None), None) for i in range(3))
+
+
+def _transformers_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    device=None,
+    **kwargs,
+):
+    """What transformers passes to every layer as attention_mask: one prepared Mask a batch."""
+    if isinstance(attention_mask, Mask):  # generate() makes static caches' masks before the model
+        return attention_mask
+    causal, window, doc_ids = _read_mask(mask_function)
+    padding = attention_mask
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+        padding = F.pad(padding, (0, kv_length - padding.shape[1]))
+    offset = q_offset - kv_offset
+    if not isinstance(offset, Tensor) and offset == kv_length - q_length:
+        offset = None
+    if doc_ids is not None:
+        doc_ids = doc_ids.expand(batch_size, -1)
+        if not _tracing() and bool((doc_ids[:, -1] == doc_ids[:, 0]).all()):
+            doc_ids = None
+    mask = Mask(causal is not False, window, doc_ids, padding, offset)
+    shape = torch.empty((batch_size, 1, 1, 16), device=device, dtype=torch.float16)
+    q, k = shape.expand(-1, -1, q_length, -1), shape.expand(-1, -1, kv_length, -1)
+    return mask.prepare(q, k)
+
+
+def _transformers_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    backend="auto",
+    **kwargs,
+):
+    _need(not dropout, "attention dropout", dropout, "0: these kernels have none")
+    for name in ("s_aux", "position_bias"):
+        _need(kwargs.get(name) is None, name, "a tensor", "none", NotImplementedError)
+    mask = attention_mask
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        mask = Mask(bool(causal) and query.shape[2] > 1, kwargs.get("sliding_window"))
+    _need(
+        isinstance(mask, Mask), "attention_mask", type(mask), "a mask of two dimensions", TypeError
+    )
+    out = attention(query, key, value, mask=mask, scale=scaling, softcap=softcap, backend=backend)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register(name: str = "flex_attn", backend: str = "auto") -> None:
+    """Make `name` an attn_implementation of transformers' models, for training and generation, by
+    `attention` with `backend`. Position ids that restart mean packed documents. A mask that is not
+    causal, sliding, packed or padded raises NotImplementedError, dropout ValueError."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    _need(
+        backend == "auto" or backend in BACKENDS,
+        "backend",
+        repr(backend),
+        "auto or one of BACKENDS",
+    )
+    AttentionInterface.register(name, functools.partial(_transformers_attention, backend=backend))
+    AttentionMaskInterface.register(name, _transformers_mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tile sizes for this GPU
+
+
+def _median_ms(run, rounds=3, time_ms=60):
+    return statistics.median(
+        do_bench(run, 10, time_ms, return_mode="median") for _ in range(rounds)
+    )
+
+
+def tune(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    softcap: float | None = None,
+    path: str | None = None,
+) -> Tiles:
+    """Time FlexAttention forward+backward on these inputs over tile sizes, and use the fastest for
+    this GPU's capability, head size and kind of mask from now on (TUNED). path: a JSON file that
+    keeps the choice and is read first. About 5 s a candidate, 20 candidates."""
+    reason = supports("flex", q, k, v, mask, softcap)
+    _need(
+        reason is None and q.is_cuda, "tune", reason or f"tensors on {q.device}", "a GPU with flex"
+    )
+    mask = _simplified(mask, k.shape[2])
+    kind = "causal" if mask.causal and mask.plain and q.shape[2] == k.shape[2] else "rows"
+    kind = kind if softcap is None else "softcap"
+    size = next(size for size in (64, 128, 256) if q.shape[3] <= size)
+    key = _capability(q.device.index), size, kind
+    words = f"{torch.cuda.get_device_name(q.device)} {size} {kind}"
+    known = json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
+    if words in known:
+        forward, backward, *flags = known[words]
+        TUNED[key] = Tiles(tuple(forward), tuple(backward), *flags)
+        return TUNED[key]
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    grad = torch.randn_like(q)
+    forwards = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)]
+    backwards = [
+        *((32, 64, 64, 64, 4, 2), (64, 64, 64, 64, 4, 2), (64, 128, 128, 64, 8, 3)),
+        *((32, 128, 128, 64, 4, 3), (64, 64, 128, 32, 8, 2), (32, 64, 64, 32, 4, 2)),
+    ]
+    before, best = TUNED.get(key), (math.inf, None)
+
+    def attempt(tiles):
+        nonlocal best
+        TUNED[key] = tiles
+        try:
+            run = lambda: attention(q, k, v, mask=mask, softcap=softcap, backend="flex").backward(
+                grad
+            )
+            run()
+            best = min(best, (_median_ms(run, 1), tiles))
+        except Exception as error:  # out of shared memory or registers: inductor raises many kinds
+            if "resource" not in str(error) and "choices" not in str(error).lower():
+                raise
+
+    try:
+        base = Tiles(forwards[0], backwards[0])
+        for tiles in ([before] if before else []) + [base._replace(forward=f) for f in forwards]:
+            attempt(tiles)
+        fast = best[1] or base
+        for tiles in [fast._replace(backward=b) for b in backwards]:
+            attempt(tiles)
+        if q.shape[3] == size and _capability(q.device.index) >= (9, 0):
+            attempt(best[1]._replace(tma=not best[1].tma))
+    finally:
+        TUNED.pop(key, None)
+        if best[1] or before:
+            TUNED[key] = best[1] or before
+    _need(best[1] is not None, "tune", "no tile sizes that fit", "a GPU with more shared memory")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{path}.{os.getpid()}")
+        temporary.write_text(json.dumps(known | {words: best[1]}, indent=1))
+        temporary.replace(path)
+    return best[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Self-test
+
+LENGTHS = [1, 2, 3, 17, 64, 100, 127, 128, 129, 200, 255, 256, 257, 300, 384, 512, 640, 777, 1000]
+LENGTHS += [1024, 1500, 2048, 3000, 4096, 5000, 6001, 8000, 8192]
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() and _capability(0) >= (8, 0) else "cpu"
+
+
+def _needs_gpu():
+    if _device() == "cpu":
+        raise unittest.SkipTest("needs a GPU of compute capability 8.0 or more")
+
+
+def _documents(size, generator, mean=60):
+    """Sorted ids [size] of documents of random lengths, 1 among them."""
+    lengths = torch.randint(1, 2 * mean, (size,), generator=generator)
+    lengths[::3] = 1
+    return torch.repeat_interleave(torch.arange(size), lengths)[:size]
+
+
+def _some_mask(kind, batch, q_len, k_len, device, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    documents = torch.stack([_documents(k_len, g) for _ in range(batch)]).to(device)
+    lengths = torch.randint(1, k_len + 1, (batch, 1), generator=g)
+    right = (torch.arange(k_len) < lengths).to(device)
+    return {
+        "causal": lambda: Mask(),
+        "full": lambda: Mask(causal=False),
+        "window": lambda: Mask(window=1 + seed * 37 % 300),
+        "window 1": lambda: Mask(window=1),
+        "window both sides": lambda: Mask(causal=False, window=20),
+        "documents": lambda: Mask(doc_ids=documents),
+        "documents, one for all": lambda: Mask(doc_ids=documents[0]),
+        "documents both ways": lambda: Mask(causal=False, doc_ids=documents),
+        "one document": lambda: Mask(doc_ids=torch.zeros_like(documents)),
+        "documents of 1": lambda: Mask(doc_ids=torch.arange(k_len, device=device)),
+        "padding right": lambda: Mask(padding=right),
+        "padding left": lambda: Mask(padding=right.flip(1)),
+        "padding inside": lambda: Mask(padding=right ^ right.roll(k_len // 3, 1)),
+        "padding of all": lambda: Mask(padding=torch.zeros_like(right)),
+        "all": lambda: Mask(window=30, doc_ids=documents, padding=right.flip(1)),
+    }[kind]()
+
+
+KINDS = ["causal", "full", "window", "window 1", "window both sides", "documents"]
+KINDS += ["documents, one for all", "documents both ways", "one document", "documents of 1"]
+KINDS += ["padding right", "padding left", "padding inside", "padding of all", "all"]
+
+
+def _qkv(batch, heads, kv_heads, q_len, k_len, dim, dtype, device, grad=True, inside=True):
+    def one(h, size):
+        shape = (batch, size, h, dim) if inside else (batch, h, size, dim)
+        t = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+        return (t.transpose(1, 2) if inside else t).detach().requires_grad_(grad)
+
+    return one(heads, q_len), one(kv_heads, k_len), one(kv_heads, k_len)
+
+
+def _plain_low(q, k, v, mask, scale, softcap):
+    """Plain attention with every step in q's dtype: the error that a kernel may have."""
+    k, v = _repeated(q, k, v)
+    scores = q @ k.mT * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    sees = dense_mask(mask, q, k)
+    weights = scores.masked_fill(~sees, torch.finfo(q.dtype).min).softmax(-1)
+    return weights.masked_fill(~sees, 0) @ v
+
+
+def _errors(run, inputs, weight, truth):
+    """Relative errors of the output and the three gradients, and that nothing is NaN."""
+    inputs = [t.detach().requires_grad_(truth[1] is not None) for t in inputs]
+    out = run(*inputs)
+    grads = []
+    if truth[1] is not None:
+        grads = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+    found = []
+    for got, want in zip([out, *grads], [truth[0], *(truth[1] or ())], strict=True):
+        assert got.isfinite().all() and got.shape == want.shape
+        size = max(want.norm().item(), 0.3 * want.numel() ** 0.5)  # of a gradient that is all zero
+        found.append((got.double() - want).norm().item() / size)
+    return found
+
+
+def _compare(backend, inputs, mask, softcap=None, scale=None, grad=True):
+    """backend against float64, by the error that plain attention in the inputs' dtype has."""
+    q = inputs[0]
+    weight = torch.randn(q.shape, device=q.device, dtype=torch.float64)
+    sized = q.shape[3] ** -0.5 if scale is None else scale
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    out = _run_reference(*wide, mask, sized, softcap)
+    truth = out.detach(), torch.autograd.grad(out, wide, weight) if grad else None
+    low = _errors(lambda *t: _plain_low(*t, mask, sized, softcap), inputs, weight, truth)
+    call = functools.partial(attention, mask=mask, softcap=softcap, scale=scale, backend=backend)
+    with contextlib.nullcontext() if grad else torch.no_grad():
+        got = _errors(call, inputs, weight, truth)
+        out = call(*inputs)
+    dead = ~dense_mask(mask, q, inputs[1]).any(-1, True).expand(q.shape)
+    assert (out[dead] == 0).all(), "a row without keys is not zero"
+    tiny = max(1e-5, torch.finfo(q.dtype).eps)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, low, strict=False):
+        assert a <= 2 * b + tiny, f"{backend} {mask} {name}: error {a:.2e}, plain {b:.2e}"
+
+
+def test_the_definition():
+    g = torch.Generator().manual_seed(0)
+    for q_len, k_len, offset in ((7, 7, None), (3, 9, None), (5, 2, None), (4, 9, 2)):
+        q, k = torch.empty(2, 1, q_len, 8), torch.empty(2, 1, k_len, 8)
+        for causal, window in itertools.product((True, False), (None, 1, 3)):
+            inside = q_len <= k_len
+            ids = torch.randint(0, 3, (2, k_len), generator=g).sort().values if inside else None
+            real = torch.rand(2, k_len, generator=g) < 0.7 if inside else None
+            sees = dense_mask(Mask(causal, window, ids, real, offset), q, k)
+            for b, i, j in itertools.product(range(2), range(q_len), range(k_len)):
+                at = i + (k_len - q_len if offset is None else offset)
+                want = (j <= at or not causal) and (window is None or abs(at - j) < window)
+                if inside:
+                    want = want and ids[b, at] == ids[b, j] and real[b, at] and real[b, j]
+                assert sees[min(b, len(sees) - 1), 0, i, j] == want
+
+
+def test_blocks_equal_the_definition():
+    """Intervals exactly; tables as create_block_mask makes them, but for padding, where a block may
+    count as partial that holds nothing or everything."""
+    for kind, (q_len, k_len) in itertools.product(KINDS, ((300, 300), (512, 512), (130, 700))):
+        mask = _some_mask(kind, 2, q_len, k_len, "cpu", seed=q_len)
+        q, k = torch.empty(2, 1, q_len, 8), torch.empty(2, 1, k_len, 8)
+        with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
+            lo, hi, real, pitch, tables = _lower(mask, q, k)
+        q_size, k_size = _padded_size(q_len), _padded_size(k_len)
+        batch, pitch = 1 if pitch == 0 else 2, max(q_size, k_size)
+        lo, hi, real = (t[: batch * pitch].view(-1, 1, pitch) for t in (lo, hi, real))
+        lo, hi = lo[:, :, :q_size, None], hi[:, :, :q_size, None]
+        j = torch.arange(k_size)
+        got = (j >= lo) & (j <= hi)
+        if mask.padding is not None:
+            got = got & real[:, :, None, :k_size]
+        want = dense_mask(mask, q, k)
+        assert torch.equal(got[:, :, :q_len, :k_len], want.expand(batch, -1, -1, -1)), kind
+        assert not got[..., k_len:].any()
+        n, m = q_size // BLOCK, k_size // BLOCK
+        sizes = [batch * n, batch * n * m] * 2 + [batch * m, batch * n * m] * 2
+        parts = [
+            part.view(batch, 1, *shape)
+            for part, shape in zip(
+                tables[:-1].split(sizes), [(n,), (n, m)] * 2 + [(m,), (m, n)] * 2, strict=True
+            )
+        ]
+        theirs = create_block_mask(
+            lambda b, h, i, j, got=got: got[b, 0, i, j], batch, 1, q_size, k_size, device="cpu"
+        )
+        dense = lambda num, idx: torch.zeros(idx.shape, dtype=torch.bool).scatter(
+            -1, idx.long(), torch.arange(idx.shape[-1]) < num[..., None]
+        )
+        some, full = dense(*parts[:2]), dense(*parts[2:4])
+        t_some = dense(theirs.kv_num_blocks, theirs.kv_indices)
+        t_full = dense(theirs.full_kv_num_blocks, theirs.full_kv_indices)
+        assert not (some & full).any() and torch.equal(dense(*parts[4:6]), some.mT)
+        assert torch.equal(dense(*parts[6:]), full.mT)
+        if mask.padding is None:
+            assert torch.equal(some, t_some) and torch.equal(full, t_full), kind
+        else:
+            assert not (full & ~t_full).any() and not ((t_some | t_full) & ~(some | full)).any()
+
+
+def test_sdpa_and_reference_equal_float64():
+    for kind, (q_len, k_len), dtype in itertools.product(
+        KINDS, ((33, 33), (1, 40), (9, 40)), (torch.float32, torch.bfloat16)
+    ):
+        inputs = _qkv(2, 4, 2, q_len, k_len, 16, dtype, "cpu")
+        mask = _some_mask(kind, 2, q_len, k_len, "cpu", seed=3)
+        for backend in ("auto", "sdpa", "sdpa_math", "reference"):
+            _compare(backend, inputs, mask, scale=0.3)
+        for backend in ("auto", "reference"):
+            _compare(backend, inputs, mask, softcap=2.0)
+    inputs = _qkv(1, 2, 2, 9, 4, 16, torch.float32, "cpu")  # more queries than keys
+    for mask, backend in itertools.product((Mask(), Mask(window=2)), ("sdpa", "reference")):
+        _compare(backend, inputs, mask)
+    inputs = _qkv(
+        1, 2, 1, 3, 12, 16, torch.float32, "cpu"
+    )  # a static cache: 7 of 12 keys are there
+    for offset, backend in itertools.product((4, torch.tensor(4)), ("sdpa", "reference")):
+        _compare(backend, inputs, Mask(offset=offset))
+
+
+def _count_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _compiled_flex.cache_clear()
+    _compiled_build.cache_clear()
+
+
+def test_flex_equals_float64():
+    """Forward on a CPU, as torch has it there; forward and backward on a GPU."""
+    device, grad = _device(), _device() != "cpu"
+    for kind in ("causal", "window", "documents", "padding left", "all"):
+        inputs = _qkv(2, 4, 2, 200, 200, 32, torch.float32, device, grad)
+        _compare("flex", inputs, _some_mask(kind, 2, 200, 200, device, seed=3), grad=grad)
+    inputs = _qkv(2, 4, 2, 200, 200, 32, torch.float32, device, grad)
+    _compare("flex", inputs, _some_mask("window", 2, 200, 200, device, 3), softcap=1.5, grad=grad)
+    inputs = _qkv(2, 4, 2, 40, 300, 32, torch.float32, device, grad)  # chunked prefill
+    for kind in ("causal", "documents"):
+        _compare("flex", inputs, _some_mask(kind, 2, 40, 300, device, 3), grad=grad)
+
+
+def test_few_graphs_for_all_lengths():
+    """28 lengths from 1 to 8192, mask after mask: at most 2 graphs for each kind, none in eager."""
+    device = _device()
+    kinds = ["causal", "window", "documents", "padding right", "softcap"]
+    dim, dtype = (64, torch.bfloat16) if device == "cuda" else (16, torch.float32)
+    _fresh()
+    made = dict.fromkeys(kinds, 0)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for kind, (turn, size) in itertools.product(kinds, enumerate(LENGTHS)):
+            mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, device, turn)
+            mask = _simplified(mask, size)
+            inputs = _qkv(2, 4, 2, size, size, dim, dtype, device, device == "cuda")
+            _lower(mask, *inputs[:2])
+            before = _count_graphs()
+            softcap = 20.0 if kind == "softcap" else None
+            out = attention(*inputs, mask=mask, softcap=softcap, backend="flex")
+            if device == "cuda":
+                out.sum().backward()
+            made[kind] += _count_graphs() - before
+            if turn % 9 == 0:
+                want = _run_reference(*inputs, mask, dim**-0.5, softcap)
+                close = {"atol": 2e-2, "rtol": 2e-2} if dtype != torch.float32 else {}
+                assert_close(out, want, **close)
+    print(f"graphs for {len(LENGTHS)} lengths: {made}")
+    # a window or padding that changes nothing makes the mask plain causal: that graph exists then
+    assert max(made.values()) <= 2 and sum(made.values()) <= 5, made
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert not breaks, breaks
+
+
+def test_windows_and_documents_are_data():
+    device = _device()
+    inputs = _qkv(2, 4, 2, 700, 700, 32, torch.float32, device, False)
+    run = functools.partial(attention, *inputs, backend="flex")
+    g = torch.Generator().manual_seed(0)
+    layout = lambda: torch.stack([_documents(700, g) for _ in range(2)]).to(device)
+    for ids in (layout()[0], layout()):
+        run(mask=Mask(window=9, doc_ids=ids))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        before = _count_graphs()
+        for window in (1, 2, 128, 500, 699):
+            for ids in (layout()[0], layout()):
+                mask = Mask(window=window, doc_ids=ids)
+                want = _run_reference(*inputs, mask, 32**-0.5, None)
+                assert_close(run(mask=mask), want, atol=5e-3, rtol=5e-3)  # tf32 on a GPU
+        assert _count_graphs() == before
+
+
+def test_one_build_for_all_layers():
+    inputs = _qkv(2, 4, 2, 300, 300, 32, torch.float32, _device(), False)
+    mask = _some_mask("documents", 2, 300, 300, _device())
+    with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build) as build:
+        for _ in range(5):
+            attention(*inputs, mask=mask, backend="flex")
+        assert build.call_count == 1
+        attention(*inputs, mask=replace(mask), backend="flex")
+        assert build.call_count == 2
+
+
+def _naive_varlen(q, k, v, cu_q, cu_k, causal, window, scale, softcap=None):
+    """What the interfaces of cumulative lengths say that they compute, in plain PyTorch."""
+    outs = []
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        rows = [t[None].transpose(1, 2) for t in (q[a:b], k[c:d], v[c:d])]
+        i = torch.arange(b - a)[:, None] + (d - c) - (b - a)
+        j = torch.arange(d - c)
+        left, right = (FAR if side in (-1, None) else side for side in window)
+        sees = (j >= i - left) & (j <= i + (min(right, 0) if causal else right))
+        k_, v_ = _repeated(*rows)
+        scores = rows[0] @ k_.mT * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0)
+        outs.append((weights @ v_)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def test_lowering_to_cumulative_lengths():
+    """varlen, flash-attn and xformers get stand-ins that compute what their documents say."""
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+        return _naive_varlen(q, k, v, cu_q, cu_k, False, window_size, scale)
+
+    def flash(q, k, v, *, softmax_scale, causal, window_size, softcap=None, **lengths):
+        cu = lengths.get("cu_seqlens_q"), lengths.get("cu_seqlens_k")
+        if lengths:
+            return _naive_varlen(q, k, v, *cu, causal, window_size, softmax_scale, softcap)
+        batch, size = q.shape[:2]
+        cu = [torch.arange(batch + 1) * t.shape[1] for t in (q, k)]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        out = _naive_varlen(q, k, v, *cu, causal, window_size, softmax_scale, softcap)
+        return out.view(batch, size, *out.shape[1:])
+
+    class BlockDiagonal:
+        def __init__(self, q_lens, k_lens, causal=False, window=None):
+            self.lens, self.causal, self.window = (q_lens, k_lens), causal, window
+
+        def make_causal_from_bottomright(self):
+            return BlockDiagonal(*self.lens, True)
+
+        def make_local_attention_from_bottomright(self, window):
+            return BlockDiagonal(*self.lens, True, window)
+
+    def efficient(q, k, v, *, attn_bias, scale):
+        cu = [torch.tensor([0, *itertools.accumulate(lens)]) for lens in attn_bias.lens]
+        window = (attn_bias.window - 1 if attn_bias.window else -1, -1)
+        return _naive_varlen(q[0], k[0], v[0], *cu, attn_bias.causal, window, scale)[None]
+
+    fmha = types.SimpleNamespace(memory_efficient_attention=efficient)
+    bias = types.SimpleNamespace(
+        BlockDiagonalMask=types.SimpleNamespace(from_seqlens=lambda q, k: BlockDiagonal(q, k))
+    )
+    patch = unittest.mock.patch.multiple(
+        __name__,
+        _varlen=lambda: (varlen, False),
+        _flash=lambda: (2, flash, flash),
+        _xformers=lambda: (fmha, bias),
+    )
+    with patch:
+        for kind, (q_len, k_len) in itertools.product(KINDS, ((50, 50), (7, 50))):
+            mask = _some_mask(kind, 3, q_len, k_len, "cpu", seed=5)
+            inputs = _qkv(3, 4, 2, q_len, k_len, 16, torch.float64, "cpu")
+            want = _run_reference(*inputs, mask, 0.2, None)
+            for backend in ("varlen", "flash_attn", "xformers"):
+                if backend == "xformers" and kind == "window both sides":
+                    continue
+                got = RUN[backend](*inputs, mask, 0.2, None)
+                assert_close(got, want, msg=lambda m, b=backend, n=kind: f"{b} {n}: {m}")
+                got.sum().backward()
+            got = _run_flash_attn(*inputs, mask, 0.2, 1.5)
+            assert_close(got, _run_reference(*inputs, mask, 0.2, 1.5))
+
+
+def _refused(call, *words, error=ValueError):
+    try:
+        call()
+    except error as raised:
+        text = str(raised)
+        assert "\n" not in text and all(word in text for word in ("found", "need", *words)), text
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def test_bad_input_is_refused_in_one_line():
+    q, k, v = _qkv(2, 4, 2, 8, 8, 16, torch.float32, "cpu", False)
+    run = lambda *t, **mask: lambda: attention(*(t or (q, k, v)), mask=Mask(**mask))
+    _refused(run(q, k[:, :, :4], v), "v: found shape")
+    _refused(run(q, k[..., :8], v), "k: found shape")
+    _refused(run(q[:, :3], k, v), "2 heads", "divides q's 3")
+    _refused(run(q[0], k, v), "[B, H, S, D]")
+    _refused(run(q[:, :, :0], k, v), "at least one token")
+    _refused(run(q, k.double(), v), "float32 as q", error=TypeError)
+    _refused(run(q.long(), k, v), "floating", error=TypeError)
+    _refused(run(window=0), "window: found 0", "1 or more")
+    _refused(run(window=2.5), "an integer", error=TypeError)
+    _refused(run(causal=1), "causal", error=TypeError)
+    ids = torch.tensor([0, 0, 1, 1, 1, 0, 2, 2])
+    _refused(run(doc_ids=ids), "doc_ids", "non-decreasing")
+    _refused(run(doc_ids=ids[:4]), "doc_ids: found shape [4]", "shape [8]")
+    _refused(run(doc_ids=ids.float()), "integer", error=TypeError)
+    _refused(run(padding=torch.ones(2, 7, dtype=torch.bool)), "padding", "[2, 8]")
+    _refused(run(padding=torch.ones(2, 8)), "torch.bool", error=TypeError)
+    _refused(run(q, k[:, :, :4], v[:, :, :4], doc_ids=ids[:4].sort().values), "at most the 4 keys")
+    refuse = lambda *words, **options: _refused(lambda: attention(q, k, v, **options), *words)
+    refuse("scale", "more than 0", scale=-1.0)
+    refuse("softcap", "more than 0", softcap=0)
+    refuse("'flax'", "flex, sdpa", backend="flax")
+    refuse("sdpa_flash names a CUDA kernel", backend="sdpa_flash")
+    refuse("SDPA has no softcap", backend="sdpa", softcap=3.0)
+    _refused(lambda: attention(q, k, v, mask=None), "a Mask", error=TypeError)
+    grad = [t.clone().requires_grad_() for t in (q, k, v)]
+    _refused(lambda: attention(*grad, backend="flex"), "no backward on CPUs")
+    _refused(lambda: supports("flax", q, k, v, Mask()), "'flax'")
+    for name in ("varlen", "flash_attn", "xformers"):
+        assert supports(name, q, k, v, Mask()), name
+    half = [t.half() for t in (q, k, v)]
+    assert supports("flex", *half, Mask()) is None and supports("flex", q, k, v, Mask()) is None
+    assert "float64" in supports("flex", *(t.double() for t in (q, k, v)), Mask())
+    _refused(lambda: tune(q, k, v, Mask()), "a GPU")
+    _refused(lambda: register(backend="flax"), "'flax'")
+
+
+def test_auto_before_ampere_is_sdpa_and_says_so_once():
+    """As on a T4: capability 7.5 by a stand-in, the choice alone (nothing of it needs the GPU)."""
+    q, k, v = (
+        types.SimpleNamespace(
+            is_cuda=True,
+            requires_grad=True,
+            dtype=torch.float16,
+            device=torch.device("cuda", 0),
+            shape=(2, 4, 300, 64),
+        )
+        for _ in range(3)
+    )
+    ids = torch.zeros(300, dtype=torch.int64)
+    _say.cache_clear()
+    with unittest.mock.patch(__name__ + "._capability", return_value=(7, 5)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                assert _choose(q, k, v, Mask(window=5, doc_ids=ids), None) == "sdpa"
+                assert _choose(q, k, v, Mask(), None) == "sdpa"
+                assert _choose(q, k, v, Mask(), 30.0) == "reference"
+        assert len(said) == 2 and "dense mask" in str(said[0].message), said
+        assert "7" in _unable("varlen", q, k, v, Mask(), None) or not _varlen()[0]
+        assert "8.0" in _unable("flex", q, k, v, Mask(), None)
+    _say.cache_clear()
+
+
+def test_inside_a_compiled_caller():
+    """fullgraph and dynamic: no break, few graphs, prepared masks not built again."""
+    device = _device()
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def layer(x, mask, softcap):
+        q, k, v = (x.unflatten(-1, (3, 4, 16)).unbind(2)[i].transpose(1, 2) for i in range(3))
+        return attention(q, k, v, mask=mask, softcap=softcap).transpose(1, 2).flatten(2)
+
+    for kind, softcap in (
+        ("causal", None),
+        ("documents", None),
+        ("window", 3.0),
+        ("padding left", None),
+    ):
+        torch._dynamo.reset()
+        before = _count_graphs()
+        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+        for turn, size in enumerate((140, 300, 512)):
+            x = torch.randn(2, size, 192, device=device, dtype=dtype, requires_grad=True)
+            mask = _some_mask(kind, 2, size, size, device, turn)
+            if turn % 2:
+                like = torch.empty(2, 4, size, 16, device=device, dtype=dtype)
+                mask = mask.prepare(like, like)
+            got = compiled(x, mask, softcap)
+            got.float().square().sum().backward()
+            x2 = x.detach().requires_grad_()
+            want = layer(x2, mask, softcap)
+            want.float().square().sum().backward()
+            close = (
+                {"atol": 2e-2, "rtol": 2e-2} if device == "cuda" else {"atol": 1e-4, "rtol": 1e-4}
+            )
+            assert_close(got, want, **close)
+            assert_close(x.grad, x2.grad, **close)
+        assert _count_graphs() - before <= 8 and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_activation_checkpointing():
+    device = _device()
+    mask = _some_mask("documents", 2, 300, 300, device)
+    q, k, v = _qkv(2, 4, 2, 300, 300, 32, torch.float32, device)
+    run = lambda q, k, v: attention(q * 1.5, k, v, mask=mask)
+    want = torch.autograd.grad(run(q, k, v).square().sum(), (q, k, v))
+    for reentrant in (False, True):
+        out = checkpoint(run, q, k, v, use_reentrant=reentrant)
+        for a, b in zip(
+            torch.autograd.grad(out.square().sum(), (q, k, v)) if not reentrant else (), want
+        ):
+            assert_close(a, b)
+        if reentrant:
+            out.square().sum().backward()
+            for t, b in zip((q, k, v), want, strict=True):
+                assert_close(t.grad, b)
+
+
+def _model(name, implementation, dtype=torch.float32, device="cpu", layers=2):
+    import transformers as tf
+
+    common = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+    }
+    common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    common |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    configs = {
+        "llama": lambda: tf.LlamaConfig(**common),
+        "qwen2": lambda: tf.Qwen2Config(**common),
+        "mistral": lambda: tf.MistralConfig(**common, sliding_window=16),
+        "gemma2": lambda: tf.Gemma2Config(
+            **common,
+            head_dim=16,
+            sliding_window=16,
+            attn_logit_softcapping=5.0,
+            query_pre_attn_scalar=16,
+        ),
+    }
+    config = configs[name]()
+    torch.manual_seed(1)
+    with torch.device(device):
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    model.to(device=device, dtype=dtype)
+    for p in model.parameters():  # larger than its initialisation, so that masks and caps matter
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+def _text_ids(batch, size, device="cpu", seed=0):
+    text = "".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+    data = torch.tensor(list(text.encode("latin-1", "replace")), device=device)
+    starts = torch.randint(
+        0, len(data) - size, (batch,), generator=torch.Generator().manual_seed(seed)
+    )
+    return torch.stack([data[s : s + size] for s in starts])
+
+
+def test_transformers_models_equal_eager():
+    """Logits and gradients; packed by position ids; padded; generated tokens."""
+    register()
+    device = _device()
+    for name in ("llama", "qwen2", "mistral", "gemma2"):
+        eager, ours = (_model(name, way, device=device) for way in ("eager", "flex_attn"))
+        ours.load_state_dict(eager.state_dict())
+        ids = _text_ids(2, 200, device)
+        restart = torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(2, -1).to(device)
+        left = torch.ones_like(ids)
+        left[1, :50] = 0
+        for more in ({}, {"position_ids": restart}, {"attention_mask": left}):
+            real = more.get("attention_mask", torch.ones_like(ids)).bool()
+            grads = []
+            for model in (eager, ours):
+                model.zero_grad()
+                logits = model(ids, use_cache=False, **more).logits
+                loss = F.cross_entropy(logits[:, :-1][real[:, :-1]], ids[:, 1:][real[:, :-1]])
+                loss.backward()
+                grads.append((logits[real], [p.grad for p in model.parameters()]))
+            close = (
+                {"atol": 2e-3, "rtol": 2e-3} if device == "cuda" else {"atol": 2e-4, "rtol": 1e-3}
+            )
+            assert_close(grads[1][0], grads[0][0], **close, msg=lambda m, n=name: f"{n}: {m}")
+            for a, b in zip(grads[1][1], grads[0][1], strict=True):
+                error = (a - b).norm() / b.norm().clamp(min=1e-6)
+                assert error < (5e-3 if device == "cuda" else 1e-4), (name, error)
+        for cache in ("dynamic", "static"):
+            short = {"input_ids": ids[:, :40], "attention_mask": left[:, 30:70], "do_sample": False}
+            short |= {"max_new_tokens": 12, "cache_implementation": cache, "disable_compile": True}
+            short |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+            a, b = (model.eval().generate(**short) for model in (eager, ours))
+            assert torch.equal(a.sequences, b.sequences), (name, cache)
+            close = {"atol": 5e-3, "rtol": 5e-3}
+            assert_close(torch.stack(a.logits), torch.stack(b.logits), **close)
+    dropout = _model("llama", "flex_attn")
+    dropout.train().model.layers[0].self_attn.attention_dropout = 0.1
+    _refused(lambda: dropout(torch.ones(1, 5, dtype=torch.long)), "dropout")
+
+
+def test_transformers_through_flex():
+    """The FlexAttention path itself, forward: windows, softcap, packed and padded."""
+    register("flex_attn_only", backend="flex")
+    for name in ("mistral", "gemma2"):
+        eager, ours = (_model(name, way, device=_device()) for way in ("eager", "flex_attn_only"))
+        ours.load_state_dict(eager.state_dict())
+        ids = _text_ids(2, 200, _device())
+        restart = (
+            torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(2, -1).to(_device())
+        )
+        with torch.no_grad():
+            for more in ({}, {"position_ids": restart}):
+                want, got = (m(ids, use_cache=False, **more).logits for m in (eager, ours))
+                assert_close(got, want, atol=5e-3, rtol=5e-3)
+
+
+def test_a_packed_batch_has_each_documents_own_loss():
+    register()
+    device = _device()
+    model = _model("gemma2", "flex_attn", device=device)
+    lengths = [5, 1, 90, 33, 2, 60]
+    ids = _text_ids(1, sum(lengths), device)
+    position = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    packed = model(ids, position_ids=position, use_cache=False).logits[0].split(lengths)
+    for logits, own in zip(packed, ids[0].split(lengths), strict=True):
+        alone = model(own[None], use_cache=False).logits[0]
+        loss = lambda t, own=own: F.cross_entropy(t[:-1], own[1:], reduction="sum")
+        assert_close(loss(logits), loss(alone), atol=2e-2 if device == "cuda" else 1e-3, rtol=1e-4)
+        assert_close(logits, alone, atol=5e-3, rtol=5e-3)
+
+
+def test_blocks_compiled_one_by_one():
+    """Layers of a transformers model under torch.compile: one graph for all of a kind."""
+    register()
+    device = _device()
+    model = _model("gemma2", "flex_attn", device=device, layers=4)
+    plain = _model("gemma2", "flex_attn", device=device, layers=4)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    for layer in model.model.layers:
+        layer.compile(backend=backend, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    before = _count_graphs()
+    for size in (200, 333, 260, 512):
+        ids = _text_ids(2, size, device)
+        position = (
+            torch.cat([torch.arange(n) for n in (150, size - 150)])[None].expand(2, -1).to(device)
+        )
+        logits = model(ids, position_ids=position, use_cache=False).logits
+        logits.float().logsumexp(-1).mean().backward()
+        want = plain(ids, position_ids=position, use_cache=False).logits
+        assert_close(logits, want, atol=5e-3, rtol=5e-3)
+    made = _count_graphs() - before
+    print(f"graphs for 4 layers of two kinds: {made}")
+    # lengths that are whole blocks and others, window or not; and two of the block tables
+    assert made <= 6 and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_gpu_every_backend_equals_float64():
+    _needs_gpu()
+    ran = {name: 0 for name in BACKENDS}
+    dims, dtypes = (64, 80, 96, 128, 256), (torch.float16, torch.bfloat16)
+    turns = itertools.cycle(itertools.product(dims, dtypes, (True, False)))
+    shapes = itertools.cycle(((333, 333), (256, 256), (1, 200), (77, 300), (200, 200)))
+    for turn, kind in enumerate(KINDS * 2):
+        (q_len, k_len), (dim, dtype, inside) = next(shapes), next(turns)
+        inputs = _qkv(2, 4, 2, q_len, k_len, dim, dtype, "cuda", True, inside)
+        mask = _some_mask(kind, 2, q_len, k_len, "cuda", seed=7)
+        capped = (None, 2.0) if turn % 3 == 0 else (None,)
+        for backend, softcap in itertools.product(("auto", *BACKENDS), capped):
+            if backend != "auto" and supports(backend, *inputs, mask, softcap):
+                continue
+            _compare(backend, inputs, mask, softcap=softcap)
+            ran[backend] = ran.get(backend, 0) + 1
+    print(ran)
+    found = {"varlen": _varlen()[0], "flash_attn": _flash()[0], "xformers": _xformers()[0]}
+    idle = [name for name, n in ran.items() if not n and found.get(name, True)]
+    assert not idle, f"never ran: {idle}"
+    for backend in ("flex", "sdpa", "varlen"):  # more queries than keys, a stream of its own
+        inputs = _qkv(1, 2, 2, 300, 150, 64, torch.bfloat16, "cuda")
+        if supports(backend, *inputs, Mask()) is None:
+            _compare(backend, inputs, Mask())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            _compare(backend, _qkv(2, 4, 2, 500, 500, 64, torch.bfloat16, "cuda"), Mask(window=9))
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_gpu_large():
+    """2^31 elements in q: 64 heads, 262144 tokens, head size 128; rows compared one by one."""
+    _needs_gpu()
+    size = 2**18
+    q, k, v = _qkv(1, 64, 1, size, size, 128, torch.bfloat16, "cuda", False)
+    ids = torch.arange(size, device="cuda") // 777
+    mask = Mask(window=300, doc_ids=ids)
+    out = attention(q, k, v, mask=mask, backend="flex")
+    assert out.numel() >= 2**31
+    for row in (0, 776, 777, 123_456, size - 1):
+        first = max(row // 777 * 777, row - 299)
+        keys = slice(first, row + 1)
+        want = _run_reference(
+            q[:, -3:, row : row + 1], k[:, :, keys], v[:, :, keys], Mask(), 128**-0.5, None
+        )
+        assert_close(out[:, -3:, row : row + 1], want, atol=2e-2, rtol=2e-2)
+
+
+def test_gpu_tune_keeps_its_choice(tmp_path):
+    _needs_gpu()
+    key = _capability(0), 64, "rows"
+    before = TUNED.get(key)
+    path = tmp_path / "tiles.json"
+    inputs = _qkv(1, 4, 2, 1024, 1024, 64, torch.bfloat16, "cuda")
+    mask = Mask(window=200)
+    try:
+        chosen = tune(*inputs, mask, path=str(path))
+        assert TUNED[key] == chosen and json.loads(path.read_text())
+        TUNED.pop(key)
+        with unittest.mock.patch(__name__ + "._median_ms", side_effect=AssertionError):
+            assert tune(*inputs, mask, path=str(path)) == chosen
+        _compare("flex", inputs, mask)
+    finally:
+        TUNED[key] = before
+        if before is None:
+            TUNED.pop(key)
+
+
+# --------------------------------------------------------------------------------------------------
+# Timings
+
+
+def _torch_flex(mask, q, k):
+    """FlexAttention as its documentation has it: static shapes, a mask_mod, create_block_mask."""
+    if mask.doc_ids is not None:
+        ids = mask.doc_ids
+        mask_mod = lambda b, h, i, j: (i >= j) & (ids[i] == ids[j])
+    elif mask.window is not None:
+        window = mask.window
+        mask_mod = lambda b, h, i, j: (i >= j) & (i - j < window)
+    else:
+        mask_mod = lambda b, h, i, j: i >= j
+    blocks = create_block_mask(mask_mod, None, None, q.shape[2], k.shape[2], device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v, score: compiled(
+        q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True
+    )
+
+
+def _turns(runs, turns=5, time_ms=40):
+    """Median ms of each, in shuffled turns: a chip's heat and clock then hit all alike."""
+    times = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in random.Random(turn).sample(list(runs), len(runs)):
+            times[name].append(do_bench(runs[name], 10, time_ms, return_mode="median"))
+    return {name: statistics.median(laps) for name, laps in times.items()}
+
+
+def _bench_shape(words, shape, mask, results, softcap=None, inside=False, dense=True):
+    """One mask at one shape: every way checked against the others, then timed in turns."""
+    batch, heads, kv_heads, size, dim = shape
+    _fresh()
+    inputs = _qkv(batch, heads, kv_heads, size, size, dim, torch.bfloat16, "cuda", True, inside)
+    grad = torch.randn_like(inputs[0])
+    ways = {}
+    for name in ("auto", "flex", "sdpa_cudnn", "sdpa_flash", "varlen", "flash_attn", "xformers"):
+        if name == "auto" or supports(name, *inputs, mask, softcap) is None:
+            if name.startswith("sdpa") and not mask.plain:
+                continue
+            ways[name] = functools.partial(attention, mask=mask, softcap=softcap, backend=name)
+    theirs = _torch_flex(mask, *inputs[:2])
+    score = lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)
+    ways["torch's flex"] = lambda *t: theirs(*t, None if softcap is None else score)
+    if dense and not mask.plain and softcap is None:
+        sees = dense_mask(mask, *inputs[:2])
+        ways["SDPA, dense mask"] = lambda *t: F.scaled_dot_product_attention(
+            *t, attn_mask=sees, enable_gqa=True
+        )
+    with torch.no_grad():
+        want = ways["torch's flex"](*inputs).float()
+        for name, way in ways.items():
+            error = (way(*inputs).float() - want).norm() / want.norm()
+            assert error < 1e-2, f"{name} is off by {error:.1e}"
+
+    def step(way):
+        for t in inputs:
+            t.grad = None
+        way(*inputs).backward(grad)
+
+    def forward(way):
+        with torch.no_grad():
+            way(*inputs)
+
+    runs = lambda f: {name: functools.partial(f, way) for name, way in ways.items()}
+    times = {"forward": _turns(runs(forward)), "both": _turns(runs(step))}
+    lo, hi = _lower(mask, *inputs[:2])[:2]
+    pairs = (hi.long() - lo + 1).clamp(min=0)[:size].sum().item()
+    flop = 4 * batch * heads * dim * pairs
+    chosen = _choose(*inputs, mask, softcap)
+    layout = "[B, S, H, D]" if inside else "[B, H, S, D]"
+    print(f"{words} | {batch} x {heads}/{kv_heads} x {size} x {dim} {layout} | auto: {chosen}")
+    for name in ways:
+        a, b = times["forward"][name], times["both"][name]
+        rates = flop / a / 1e9, 3.5 * flop / b / 1e9
+        ratio = times["both"]["torch's flex"] / b
+        print(
+            f"  {name:17} forward {a:7.3f} ms {rates[0]:4.0f} TFLOP/s | forward+backward {b:7.3f} ms "
+            f"{rates[1]:4.0f} TFLOP/s | {ratio:5.2f}x torch's flex",
+            flush=True,
+        )
+    results[f"{words} {shape} {layout}"] = times | {"flop": flop, "auto": chosen}
+    return times
+
+
+def _bench_blocks(results):
+    """A mask's block tables, built as often as there are batches."""
+    g = torch.Generator().manual_seed(0)
+    for batch, size in ((4, 4096), (1, 16384), (1, 65536)):
+        q = torch.empty(batch, 1, 1, 64, device="cuda", dtype=torch.float16).expand(
+            -1, -1, size, -1
+        )
+        ids = torch.stack([_documents(size, g, 300) for _ in range(batch)]).cuda()
+
+        def ours(ids=ids, q=q):
+            _lower(Mask(doc_ids=ids), q, q)
+
+        theirs = torch.compile(create_block_mask)
+
+        def torchs(ids=ids, size=size, batch=batch, theirs=theirs):
+            mask_mod = lambda b, h, i, j: (i >= j) & (ids[b, i] == ids[b, j])
+            theirs(mask_mod, batch, None, size, size, device="cuda")
+
+        laps = {}
+        for name, run in (("ours", ours), ("torchs", torchs)):
+            run()
+            times = []
+            for _ in range(20):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - start) * 1e3)
+            laps[name] = statistics.median(times)
+        ratio = laps["torchs"] / laps["ours"]
+        print(
+            f"block tables, documents, {batch} x {size}: {laps['ours']:.3f} ms, create_block_mask "
+            f"compiled {laps['torchs']:.3f} ms ({ratio:.1f}x), host and device",
+            flush=True,
+        )
+        results[f"block tables {batch} x {size}"] = laps
+
+
+def _bench_graphs(results):
+    """Compile seconds and graphs for each kind of mask, forward and backward, over LENGTHS."""
+    _fresh()
+    for kind in ("causal", "window", "documents", "padding right", "softcap"):
+        before, seconds = _count_graphs(), []
+        for turn, size in enumerate(LENGTHS):
+            mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, "cuda", turn)
+            inputs = _qkv(2, 8, 2, size, size, 128, torch.bfloat16, "cuda")
+            softcap = 20.0 if kind == "softcap" else None
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            attention(*inputs, mask=mask, softcap=softcap, backend="flex").sum().backward()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        made = _count_graphs() - before
+        slow = sum(s for s in seconds if s > 0.3)
+        usual = statistics.median(seconds) * 1e3
+        print(
+            f"{len(LENGTHS)} lengths, {kind}: {made} new graphs (block tables among them), "
+            f"{slow:.1f} s in calls that compiled, median call {usual:.2f} ms",
+            flush=True,
+        )
+        results[f"graphs {kind}"] = {"graphs": made, "compile_s": slow, "call_ms": usual}
+
+
+def _bench_packed(results):
+    """A model trained on padded and on packed batches of the same documents."""
+    import transformers as tf
+
+    register()
+    config = tf.LlamaConfig(
+        vocab_size=32768,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=8192,
+    )
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randn(64, generator=g).mul(0.9).add(math.log(400)).exp().long().clamp(16, 4096)
+    lengths = lengths.tolist()
+    documents = [torch.randint(0, 32768, (n,), generator=g).cuda() for n in lengths]
+    padded = []
+    for i in range(0, 64, 8):
+        rows = documents[i : i + 8]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        padded.append({"input_ids": ids, "attention_mask": real})
+    packed, row = [], []
+    for document in [*documents, None]:
+        if document is None or sum(map(len, row)) + len(document) > 8192:
+            position = torch.cat([torch.arange(len(r)) for r in row])[None].cuda()
+            packed.append({"input_ids": torch.cat(row)[None], "position_ids": position})
+            row = []
+        row.append(document)
+    total = sum(lengths)
+
+    def loss_of(model, batch):
+        ids = batch["input_ids"]
+        labels = ids.clone()
+        if "position_ids" in batch:
+            labels[batch["position_ids"] == 0] = -100
+        else:
+            labels[batch["attention_mask"] == 0] = -100
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+    rates, losses, build_ms = {}, {}, []
+    for batch in packed:  # what register()'s masks cost a batch, before any layer
+        ids = (batch["position_ids"] == 0).cumsum(1)
+        q = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.float16)
+        q = q.expand(-1, -1, ids.shape[1], -1)
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            Mask(doc_ids=ids).prepare(q, q)
+            torch.cuda.synchronize()
+            build_ms.append((time.perf_counter() - start) * 1e3)
+    for way in ("flex_attn", "sdpa"):
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=way)
+        model.bfloat16()
+        for name, batches in (("padded", padded), ("packed", packed)):
+            laps = []
+            for _ in range(5):
+                torch.cuda.synchronize()
+                start, loss = time.perf_counter(), 0.0
+                for batch in batches:
+                    model.zero_grad()
+                    value = loss_of(model, batch)
+                    (value / total).backward()
+                    loss += value.detach()
+                torch.cuda.synchronize()
+                laps.append(time.perf_counter() - start)
+            rates[f"{way} {name}"] = total / statistics.median(laps[1:])
+            losses[f"{way} {name}"] = (loss / (total - 64)).item()
+    spread = f"{min(lengths)} to {max(lengths)}, mean {total / 64:.0f}"
+    share = total / sum(b["input_ids"].numel() for b in padded)
+    print(
+        f"training 4 layers of Llama 1B, 64 documents of {spread} tokens: padded batches of 8 "
+        f"({share:.0%} real tokens) or packed rows of up to 8192"
+    )
+    for name, rate in rates.items():
+        ratio = rate / rates["sdpa padded"]
+        print(
+            f"  {name:17} {rate:8.0f} tokens/s ({ratio:.2f}x), loss {losses[name]:.4f}", flush=True
+        )
+    step_ms = total / len(packed) / rates["flex_attn packed"] * 1e3
+    build = statistics.median(build_ms)
+    print(
+        f"  a mask is checked and lowered once a step: {build:.2f} ms of {step_ms:.1f} ms, "
+        f"{build / step_ms:.1%} of a step of 4 layers"
+    )
+    results["mask_of_a_step"] = {"ms": build, "step_ms": step_ms}
+    assert max(losses.values()) - min(losses.values()) < 2e-3 * max(losses.values()), losses
+    results["packed"] = {"tokens_per_s": rates, "loss": losses, "lengths": lengths}
+    return rates
+
+
+def bench_gpu(results) -> dict:
+    size = 4096
+    documents = Mask(doc_ids=torch.arange(size, device="cuda") // 512)
+    ragged = Mask(doc_ids=_documents(size, torch.Generator().manual_seed(1), 400).cuda())
+    window, shape = Mask(window=1024), (4, 32, 8, size, 128)
+    head = {}
+    for inside in (False, True):
+        plain = _bench_shape("causal", shape, Mask(), results, inside=inside)
+        local = _bench_shape("window 1024", shape, window, results, inside=inside)
+        packed = _bench_shape("documents of 512", shape, documents, results, inside=inside)
+        if not inside:
+            both = lambda times, a, b: times["both"][a] / times["both"][b]
+            single = [n for n in plain["both"] if n not in ("auto", "torch's flex")]
+            best = min(plain["both"][n] for n in single)
+            head["auto_to_best"] = plain["both"]["auto"] / best
+            head["causal_flex_to_torch"] = both(plain, "torch's flex", "flex")
+            head["documents_flex_to_torch"] = both(packed, "torch's flex", "flex")
+            head["documents_to_dense"] = both(packed, "SDPA, dense mask", "auto")
+            head["window_to_dense"] = both(local, "SDPA, dense mask", "auto")
+    _bench_shape("documents, mean 400, 1 to 800", shape, ragged, results, inside=True)
+    _bench_shape("causal", (1, 32, 8, 16384, 128), Mask(), results)
+    for mask, words in (
+        (Mask(), "causal"),
+        (window, "window 1024"),
+        (documents, "documents of 512"),
+    ):
+        _bench_shape(words, (4, 32, 8, size, 64), mask, results, inside=True)
+    gemma = (4, 16, 8, size, 256)
+    for mask, words in ((Mask(), "softcap, causal"), (window, "softcap, window 1024")):
+        _bench_shape(words, gemma, mask, results, softcap=50.0, inside=True)
+    _bench_shape("documents of 512", gemma, documents, results, inside=True)
+    _bench_blocks(results)
+    _bench_graphs(results)
+    rates = _bench_packed(results)
+    head["packed_to_padded"] = rates["flex_attn packed"] / rates["flex_attn padded"]
+    return head
+
+
+def bench_cpu(results) -> dict:
+    inputs = _qkv(1, 8, 2, 1024, 1024, 64, torch.float32, "cpu", False)
+    mask = Mask(doc_ids=torch.arange(1024) // 256)
+    times = {}
+    want = _run_reference(*inputs, mask, 1 / 8, None)
+    for name in ("auto", "sdpa_math", "flex", "reference"):
+        run = functools.partial(attention, *inputs, mask=mask, backend=name)
+        assert_close(run(), want, msg=lambda m, n=name: f"{n}: {m}")
+        laps = []
+        for _ in range(7):
+            start = time.perf_counter()
+            run()
+            laps.append((time.perf_counter() - start) * 1e3)
+        times[name] = statistics.median(laps)
+    words = [f"{n} {t:.1f} ms ({t / times['auto']:.2f}x)" for n, t in times.items()]
+    print(f"CPU, forward, documents of 256, 1 x 8/2 x 1024 x 64 float32 | {' | '.join(words)}")
+    results["CPU"] = times
+    return {"reference_to_auto": times["reference"] / times["auto"]}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _self_test() -> tuple[int, int]:
+    import pytest
+
+    passed = []
+    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    sys.modules["flex_attn"] = sys.modules[__name__]  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
+    code = pytest.main([*quiet, "-W", "ignore", "--show-capture=no", __file__], plugins)
+    interrupted = code == pytest.ExitCode.INTERRUPTED
+    return 130 if interrupted else int(code != 0), len(passed)
+
+
+def main(argv=None) -> int:
+    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=usage, formatter_class=style)
+    option = parser.add_argument
+    option("--test", action="store_true", help="the self-test alone")
+    option("--bench", action="store_true", help="the timings alone")
+    option("--json", metavar="PATH", help="also write the results as JSON")
+    args, seed, gpu = parser.parse_args(argv), 0, _device() == "cuda"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    print("flex_attn", device, *(f"{k} {v}" for k, v in versions.items()), sep=" | ", flush=True)
+    if device != "CPU" and not gpu:
+        print(f"flex_attn: found {device}, need compute capability 8.0: everything on the CPU")
+    torch.manual_seed(seed)
+    results, head, code, checks = {}, {}, 0, 0
+    try:
+        code, checks = _self_test() if args.test or not args.bench else (0, 0)
+        if not code and (args.bench or not args.test):
+            head = bench_gpu(results) if gpu else bench_cpu(results)
+        if args.json:
+            part = Path(f"{args.json}.part")
+            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
+            part.replace(args.json)
+    except KeyboardInterrupt:
+        code = 130
+    except AssertionError as error:
+        print(f"flex_attn: a check before the timings failed: {error}", file=sys.stderr)
+        code = 1
+    except (ValueError, TypeError, OSError) as error:
+        print(f"flex_attn: {error}", file=sys.stderr)
+        code = 2
+    except ImportError as error:
+        found = f"flex_attn: found no {error.name}, need requirements.txt installed"
+        print(found, file=sys.stderr)
+        code = 77
+    figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
+    print(f"RESULT flex_attn {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
