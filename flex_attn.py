@@ -141,6 +141,7 @@ class Mask:
     _memo: dict = field(default_factory=dict, init=False, repr=False)
     _blocks: "Blocks | None" = field(default=None, init=False, repr=False)
     _dense: Tensor | None = field(default=None, init=False, repr=False)
+    _lengths: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         _need(isinstance(self.causal, bool), "causal", self.causal, "True or False", TypeError)
@@ -148,7 +149,8 @@ class Mask:
             ok = isinstance(self.window, int) and not isinstance(self.window, bool)
             _need(ok, "window", self.window, "an integer or None", TypeError)
             _need(self.window >= 1, "window", self.window, "1 or more")
-        for name, dims in (("doc_ids", (1, 2)), ("padding", (2,))):
+        shapes = {"doc_ids": "[S_k] or [B, S_k]", "padding": "[B, S_k]"}
+        for name, shape in shapes.items():
             value = getattr(self, name)
             if value is not None:
                 _need(isinstance(value, Tensor), name, type(value), "a tensor or None", TypeError)
@@ -157,8 +159,8 @@ class Mask:
                 else:
                     ok = not value.dtype.is_floating_point and value.dtype != torch.bool
                     _need(ok, name, value.dtype, "an integer dtype", TypeError)
-                _need(value.ndim in dims, name, value.shape, "[S_k] or [B, S_k]"[-8 * len(dims) :])
-
+                ok = value.ndim == 2 or (value.ndim == 1 and name == "doc_ids")
+                _need(ok, name, value.shape, shape)
         if not _tracing():  # else a compiled caller would take their lengths for constants
             for tensor in (self.doc_ids, self.padding):
                 if tensor is not None:
@@ -179,7 +181,9 @@ class Mask:
         a torch.compile'd region: layers compiled one by one then share one block table."""
         mask = _simplified(self, k.shape[2])
         if not mask.plain:
-            mask = replace(mask)
+            facts, mask = mask._memo["facts"], replace(mask)
+            mask._memo["facts"] = facts
+            object.__setattr__(mask, "_lengths", (q.shape[2], k.shape[2]))
             dense = not q.is_cuda or q.shape[2] < BLOCK or _unable_flex(q) is not None
             name, make = ("_dense", dense_mask) if dense else ("_blocks", _lower)
             lowered = make(mask, q, k)
@@ -229,6 +233,8 @@ def _facts(mask):
 def _simplified(mask, k_len):
     """The mask without what changes nothing; doc_ids checked for order."""
     if mask.plain:
+        return mask
+    if mask._lengths is not None:  # it was, by prepare()
         return mask
 
     def make():
@@ -560,9 +566,7 @@ def _run_flex(q, k, v, mask, scale, softcap):
     kind = "causal" if mask.causal and mask.plain and q_len == k_len else "rows"
     blocks = _lower(mask, q, k)
     options = _options(kind, dim, q.dtype, q.device, softcap)
-    inside = q.stride(1) < q.stride(
-        2
-    )  # the heads of a token lie together, as projections leave them
+    inside = q.stride(1) < q.stride(2)  # a token's heads lie together, as projections leave them
     if inside:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     axis = 1 if inside else 2
@@ -969,7 +973,10 @@ def attention(
     """
     _check(q, k, v, mask, scale, softcap)
     if not _tracing():
-        mask = _simplified(mask, k.shape[2])
+        mask, lengths = _simplified(mask, k.shape[2]), (q.shape[2], k.shape[2])
+        words = "{} queries and {} keys".format
+        ok = mask._lengths in (None, lengths)
+        _need(ok, "mask", "one prepared for " + words(*mask._lengths or lengths), words(*lengths))
     if backend == "auto":
         backend = _choose(q, k, v, mask, softcap)
     else:
@@ -1423,7 +1430,7 @@ def test_few_graphs_for_all_lengths():
         for kind, (turn, size) in itertools.product(kinds, enumerate(LENGTHS)):
             mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, device, turn)
             mask = _simplified(mask, size)
-            inputs = _qkv(2, 4, 2, size, size, dim, dtype, device, device == "cuda")
+            inputs = _qkv(2, 2, 1, size, size, dim, dtype, device, device == "cuda")
             _lower(mask, *inputs[:2])
             before = _count_graphs()
             softcap = 20.0 if kind == "softcap" else None
@@ -1582,6 +1589,9 @@ def test_bad_input_is_refused_in_one_line():
     refuse("sdpa_flash names a CUDA kernel", backend="sdpa_flash")
     refuse("SDPA has no softcap", backend="sdpa", softcap=3.0)
     _refused(lambda: attention(q, k, v, mask=None), "a Mask", error=TypeError)
+    prepared = Mask(window=3).prepare(q, k)
+    short = lambda: attention(q[:, :, :4], k, v, mask=prepared)
+    _refused(short, "prepared for 8 queries and 8 keys", "4 queries and 8 keys")
     grad = [t.clone().requires_grad_() for t in (q, k, v)]
     _refused(lambda: attention(*grad, backend="flex"), "no backward on CPUs")
     _refused(lambda: supports("flax", q, k, v, Mask()), "'flax'")
