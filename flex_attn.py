@@ -1770,6 +1770,27 @@ def test_transformers_models_equal_eager():
     _refused(lambda: dropout(torch.ones(1, 5, dtype=torch.long)), "dropout")
 
 
+def test_compiled_decoding_with_a_static_cache():
+    """As generate() does on GPUs by itself: at most 2 graphs for all tokens, eager's tokens."""
+    from transformers.generation import CompileConfig
+
+    register()
+    device = _device()
+    how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True
+    for name in ("llama", "gemma2"):
+        torch._dynamo.reset()
+        eager, ours = (_model(name, way, device=device).eval() for way in ("eager", "flex_attn"))
+        ours.load_state_dict(eager.state_dict())
+        ids = _text_ids(2, 40, device)
+        more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False}
+        want = eager.generate(ids, **more, eos_token_id=None)
+        before = _count_graphs()
+        static = {"cache_implementation": "static", "compile_config": how, "eos_token_id": None}
+        assert torch.equal(ours.generate(ids, **more, **static), want), name
+        assert 1 <= _count_graphs() - before <= 2
+
+
 def test_transformers_through_flex():
     """The FlexAttention path itself, forward: windows, softcap, packed and padded."""
     register("flex_attn_only", backend="flex")
