@@ -47,7 +47,6 @@ import types
 import unittest
 import unittest.mock
 import warnings
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +180,7 @@ class Mask:
         a torch.compile'd region: layers compiled one by one then share one block table."""
         mask = _simplified(self, k.shape[2])
         if not mask.plain:
-            facts, mask = mask._memo["facts"], replace(mask)
+            facts, mask = _facts(mask), replace(mask)
             mask._memo["facts"] = facts
             object.__setattr__(mask, "_lengths", (q.shape[2], k.shape[2]))
             dense = not q.is_cuda or q.shape[2] < BLOCK or _unable_flex(q) is not None
@@ -208,13 +207,14 @@ def _kept(memo, key, make, most=64):
 
 def _facts(mask):
     """Of doc_ids and padding, in one transfer: (ids fall somewhere, a token is padding, a document
-    has padding between its tokens)."""
+    has padding between its tokens, a row holds several documents)."""
 
     def read():
         ids, real, no = mask.doc_ids, mask.padding, torch.zeros((), dtype=torch.bool)
-        flags = [no, no, no]
+        flags = [no, no, no, no]
         if ids is not None:
             flags[0] = (ids[..., 1:] < ids[..., :-1]).any()
+            flags[3] = (ids[..., 1:] != ids[..., :-1]).any()
         if real is not None:
             size = real.shape[1]
             at = torch.arange(size, device=real.device)
@@ -223,7 +223,7 @@ def _facts(mask):
             if ids is not None:
                 two = ids.expand(real.shape)
                 gap = gap & (two.gather(1, before.clamp(min=0)) == two)
-            flags[1:] = [~real.all(), gap.any()]
+            flags[1:3] = [~real.all(), gap.any()]
         device = next((f.device for f in flags if f.device.type != "cpu"), no.device)
         return torch.stack([f.to(device) for f in flags]).tolist()
 
@@ -232,15 +232,15 @@ def _facts(mask):
 
 def _simplified(mask, k_len):
     """The mask without what changes nothing; doc_ids checked for order."""
-    if mask.plain:
-        return mask
-    if mask._lengths is not None:  # it was, by prepare()
+    if mask.plain or mask._lengths is not None:  # prepare() has done it
         return mask
 
     def make():
-        unsorted, padded, _ = _facts(mask)
+        unsorted, padded, gaps, several = _facts(mask)
         _need(not unsorted, "doc_ids", "ids that fall", "non-decreasing ids in each row")
         changes = {}
+        if mask.doc_ids is not None and not several:
+            changes["doc_ids"] = None
         if mask.padding is not None and not padded:
             changes["padding"] = None
         if mask.window is not None and mask.window >= k_len and mask.offset is None:
@@ -248,7 +248,7 @@ def _simplified(mask, k_len):
         if not changes:
             return mask
         simple = replace(mask, **changes)
-        simple._memo["facts"] = [False, padded, mask._memo["facts"][2]]
+        simple._memo["facts"] = [False, padded, gaps, several]
         return simple
 
     return _kept(mask._memo, ("simple", k_len), make)
@@ -436,7 +436,7 @@ def _(like, q_len, k_len, offset, offset_tensor, window, ids, real, causal):
     return [like.new_empty(size, dtype=t) for size, t in zip(sizes, dtypes, strict=True)]
 
 
-PLAIN = OrderedDict()  # Blocks of masks without tensors, shared by all Masks
+PLAIN = {}  # Blocks of masks without tensors, shared by all Masks
 
 
 def _lower(mask, q, k):
@@ -516,16 +516,18 @@ def _flex(q, k, v, blocks, *, kind, scale, softcap, options, inside, per_row, pa
     return out.transpose(1, 2) if inside else out
 
 
+FLEX_CONSTANTS = ("kind", "scale", "softcap", "options", "inside", "per_row", "padded")
+
+
 @functools.cache
 def _compiled_flex(name, *key):
     """_flex compiled for these constants (as arguments, torch.compile would make symbols of them).
     The copied code keeps a cache and a name of its own in torch.compile's logs."""
-    names = ("kind", "scale", "softcap", "options", "inside", "per_row", "padded")
-    given = dict(zip(names, key, strict=False))
+    given = dict(zip(FLEX_CONSTANTS, key, strict=False))
     constant = torch.compiler.assume_constant_result(lambda which: given[which])
 
     def run(q, k, v, blocks):
-        return _flex(q, k, v, blocks, **{which: constant(which) for which in names})
+        return _flex(q, k, v, blocks, **{which: constant(which) for which in FLEX_CONSTANTS})
 
     run.__code__ = run.__code__.replace(co_name=name)
     return torch.compile(run, fullgraph=True)
@@ -536,6 +538,17 @@ def _capability(index):
     return torch.cuda.get_device_capability(index)
 
 
+def _kind(mask, q, k):
+    """Which of the two masks of FlexAttention: without data, or rows of data."""
+    plain = mask.causal and mask.plain and q.shape[2] == k.shape[2]
+    return "causal" if plain else "rows"
+
+
+def _tiles_key(kind, dim, device, softcap):
+    size = next((size for size in (64, 128, 256) if dim <= size), None)
+    return _capability(device.index), size, kind if softcap is None else "softcap"
+
+
 def _options(kind, dim, dtype, device, softcap):
     """FlexAttention's kernel_options. Lengths are padded, so no kernel checks bounds."""
     if device.type != "cuda":
@@ -544,10 +557,9 @@ def _options(kind, dim, dtype, device, softcap):
     if kind == "causal":  # one partial block and those before it; else holes are possible
         options["BLOCKS_ARE_CONTIGUOUS"] = True
     if dtype in HALF:
-        size = next((size for size in (64, 128, 256) if dim <= size), None)
-        tiles = TUNED.get((_capability(device.index), size, kind if softcap is None else "softcap"))
-        if tiles is not None:
-            options |= _tile_options(tiles, dim == size)
+        key = _tiles_key(kind, dim, device, softcap)
+        if key in TUNED:
+            options |= _tile_options(TUNED[key], dim == key[1])
     return tuple(options.items())
 
 
@@ -563,8 +575,7 @@ def _tile_options(tiles, whole=True):
 
 def _run_flex(q, k, v, mask, scale, softcap):
     q_len, k_len, dim = q.shape[2], k.shape[2], q.shape[3]
-    kind = "causal" if mask.causal and mask.plain and q_len == k_len else "rows"
-    blocks = _lower(mask, q, k)
+    kind, blocks = _kind(mask, q, k), _lower(mask, q, k)
     options = _options(kind, dim, q.dtype, q.device, softcap)
     inside = q.stride(1) < q.stride(2)  # a token's heads lie together, as projections leave them
     if inside:
@@ -580,8 +591,7 @@ def _run_flex(q, k, v, mask, scale, softcap):
         scale, softcap = guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
     constants = (kind, scale, softcap, options, inside, per_row, padded)
     if _tracing():
-        names = ("kind", "scale", "softcap", "options", "inside", "per_row", "padded")
-        out = _flex(q, k, v, blocks, **dict(zip(names, constants, strict=True)))
+        out = _flex(q, k, v, blocks, **dict(zip(FLEX_CONSTANTS, constants, strict=True)))
     else:
         for t in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(t, (0, axis))
@@ -727,8 +737,8 @@ def _flash():
 
 def _run_flash_attn(q, k, v, mask, scale, softcap):
     version, dense, varlen = _flash()
-    window = _sides(mask, -1 if version == 2 else None)
-    window = (window[0], -1 if version == 2 else None) if mask.window is None else window
+    none = -1 if version == 2 else None
+    window = (none, none) if mask.window is None else _sides(mask, none)
     options = {"softmax_scale": scale, "causal": mask.causal, "window_size": window}
     if softcap is not None:
         options["softcap"] = softcap
@@ -860,13 +870,18 @@ def _unable_sdpa(name, q, k, v, mask):
     return f"torch.backends.cuda.{can.__name__} refuses these inputs"
 
 
+def _need_backend(backend, auto=True):
+    ok = backend in BACKENDS or (auto and backend == "auto")
+    _need(ok, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
+
+
 def supports(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float | None = None
 ) -> str | None:
     """None if `backend` can run this, forward and (where an input requires gradients) backward; else
     the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
     inputs that no backend takes."""
-    _need(backend in BACKENDS, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
+    _need_backend(backend, auto=False)
     _check(q, k, v, mask, None, softcap)
     return _unable(backend, q, k, v, mask if _tracing() else _simplified(mask, k.shape[2]), softcap)
 
@@ -925,14 +940,14 @@ def _choose(q, k, v, mask, softcap):
             return "sdpa"
     elif q.shape[2] < BLOCK and softcap is None:
         return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
-    elif hopper and q.shape[2] >= BLOCK and mask.padding is None and _is_flash4():
+    elif hopper and q.shape[2] >= BLOCK and mask.padding is None and can("flash_attn"):
         # causal: flash-attn 4 0.93 / 3.70, SDPA (cuDNN) 0.91 / 4.06, flex 1.23 / 5.35
         # window 1024: 0.48 / 1.97, flex 0.72 / 2.93; softcap and head size 256: 1.20 / 5.62, flex
         # 1.43 / 8.52. documents of 512: 0.26 / 1.15, flex 0.31 / 1.25, but 0.54 / 1.86 where tokens
         # do not lie together, because it copies q, k and v then
         grad = torch.is_grad_enabled() and q.requires_grad
         together = mask.doc_ids is None or q.stride(1) < q.stride(2)
-        if together and (grad or softcap is not None or not mask.plain) and can("flash_attn"):
+        if _flash()[0] == 4 and together and (grad or softcap is not None or not mask.plain):
             return "flash_attn"
     if softcap is None and mask.plain:
         return "sdpa"
@@ -947,10 +962,6 @@ def _choose(q, k, v, mask, softcap):
     if not _tracing():
         _say("softcap without FlexAttention: the plain reference runs, all scores in memory")
     return "reference"
-
-
-def _is_flash4():
-    return not _tracing() and _flash()[0] == 4
 
 
 def attention(
@@ -974,19 +985,14 @@ def attention(
     _check(q, k, v, mask, scale, softcap)
     if not _tracing():
         mask, lengths = _simplified(mask, k.shape[2]), (q.shape[2], k.shape[2])
-        words = "{} queries and {} keys".format
-        ok = mask._lengths in (None, lengths)
-        _need(ok, "mask", "one prepared for " + words(*mask._lengths or lengths), words(*lengths))
+        if mask._lengths not in (None, lengths):
+            words = "{} queries and {} keys".format
+            _need(False, "mask", "one prepared for " + words(*mask._lengths), words(*lengths))
+    _need_backend(backend)
     if backend == "auto":
         backend = _choose(q, k, v, mask, softcap)
-    else:
-        _need(
-            backend in BACKENDS, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS)
-        )
-        reason = _unable(backend, q, k, v, mask, softcap)
-        _need(
-            reason is None, "backend", f"{backend!r}, which cannot run this ({reason})", "another"
-        )
+    elif reason := _unable(backend, q, k, v, mask, softcap):
+        _need(False, "backend", f"{backend!r}, which cannot run this ({reason})", "another")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return RUN[backend](q, k, v, mask, scale, softcap)
 
@@ -1072,8 +1078,6 @@ def _transformers_mask(
         offset = None
     if doc_ids is not None:
         doc_ids = doc_ids.expand(batch_size, -1)
-        if not _tracing() and bool((doc_ids[:, -1] == doc_ids[:, 0]).all()):
-            doc_ids = None
     if _tracing():  # equal block tables of several layers become one in the graph
         return _OpenMask(causal, window, doc_ids, padding, offset)
     mask = Mask(causal is not False, window, doc_ids, padding, offset)
@@ -1117,24 +1121,13 @@ def register(name: str = "flex_attn", backend: str = "auto") -> None:
     causal, sliding, packed or padded raises NotImplementedError, dropout ValueError."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    _need(
-        backend == "auto" or backend in BACKENDS,
-        "backend",
-        repr(backend),
-        "auto or one of BACKENDS",
-    )
+    _need_backend(backend)
     AttentionInterface.register(name, functools.partial(_transformers_attention, backend=backend))
     AttentionMaskInterface.register(name, _transformers_mask)
 
 
 # --------------------------------------------------------------------------------------------------
 # Tile sizes for this GPU
-
-
-def _median_ms(run, rounds=3, time_ms=60):
-    return statistics.median(
-        do_bench(run, 10, time_ms, return_mode="median") for _ in range(rounds)
-    )
 
 
 def tune(
@@ -1153,10 +1146,7 @@ def tune(
         reason is None and q.is_cuda, "tune", reason or f"tensors on {q.device}", "a GPU with flex"
     )
     mask = _simplified(mask, k.shape[2])
-    kind = "causal" if mask.causal and mask.plain and q.shape[2] == k.shape[2] else "rows"
-    kind = kind if softcap is None else "softcap"
-    size = next(size for size in (64, 128, 256) if q.shape[3] <= size)
-    key = _capability(q.device.index), size, kind
+    key = capability, size, kind = _tiles_key(_kind(mask, q, k), q.shape[3], q.device, softcap)
     words = f"{torch.cuda.get_device_name(q.device)} {size} {kind}"
     known = json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
     if words in known:
@@ -1176,11 +1166,10 @@ def tune(
         nonlocal best
         TUNED[key] = tiles
         try:
-            run = lambda: attention(q, k, v, mask=mask, softcap=softcap, backend="flex").backward(
-                grad
-            )
+            way = functools.partial(attention, mask=mask, softcap=softcap, backend="flex")
+            run = lambda: way(q, k, v).backward(grad)
             run()
-            best = min(best, (_median_ms(run, 1), tiles))
+            best = min(best, (do_bench(run, 10, 60, return_mode="median"), tiles))
         except Exception as error:  # out of shared memory or registers: inductor raises many kinds
             if "resource" not in str(error) and "choices" not in str(error).lower():
                 raise
@@ -1192,7 +1181,7 @@ def tune(
         fast = best[1] or base
         for tiles in [fast._replace(backward=b) for b in backwards]:
             attempt(tiles)
-        if q.shape[3] == size and _capability(q.device.index) >= (9, 0):
+        if q.shape[3] == size and capability >= (9, 0):
             attempt(best[1]._replace(tma=not best[1].tma))
     finally:
         TUNED.pop(key, None)
@@ -1235,28 +1224,26 @@ def _some_mask(kind, batch, q_len, k_len, device, seed=0):
     documents = torch.stack([_documents(k_len, g) for _ in range(batch)]).to(device)
     lengths = torch.randint(1, k_len + 1, (batch, 1), generator=g)
     right = (torch.arange(k_len) < lengths).to(device)
-    return {
-        "causal": lambda: Mask(),
-        "full": lambda: Mask(causal=False),
-        "window": lambda: Mask(window=1 + seed * 37 % 300),
-        "window 1": lambda: Mask(window=1),
-        "window both sides": lambda: Mask(causal=False, window=20),
-        "documents": lambda: Mask(doc_ids=documents),
-        "documents, one for all": lambda: Mask(doc_ids=documents[0]),
-        "documents both ways": lambda: Mask(causal=False, doc_ids=documents),
-        "one document": lambda: Mask(doc_ids=torch.zeros_like(documents)),
-        "documents of 1": lambda: Mask(doc_ids=torch.arange(k_len, device=device)),
-        "padding right": lambda: Mask(padding=right),
-        "padding left": lambda: Mask(padding=right.flip(1)),
-        "padding inside": lambda: Mask(padding=right ^ right.roll(k_len // 3, 1)),
-        "padding of all": lambda: Mask(padding=torch.zeros_like(right)),
-        "all": lambda: Mask(window=30, doc_ids=documents, padding=right.flip(1)),
-    }[kind]()
+    return KINDS[kind](documents, right, seed)
 
 
-KINDS = ["causal", "full", "window", "window 1", "window both sides", "documents"]
-KINDS += ["documents, one for all", "documents both ways", "one document", "documents of 1"]
-KINDS += ["padding right", "padding left", "padding inside", "padding of all", "all"]
+KINDS = {  # of the documents [B, k_len] and real tokens [B, k_len] of a seed
+    "causal": lambda ids, real, seed: Mask(),
+    "full": lambda ids, real, seed: Mask(causal=False),
+    "window": lambda ids, real, seed: Mask(window=1 + seed * 37 % 300),
+    "window 1": lambda ids, real, seed: Mask(window=1),
+    "window both sides": lambda ids, real, seed: Mask(causal=False, window=20),
+    "documents": lambda ids, real, seed: Mask(doc_ids=ids),
+    "documents, one for all": lambda ids, real, seed: Mask(doc_ids=ids[0]),
+    "documents both ways": lambda ids, real, seed: Mask(causal=False, doc_ids=ids),
+    "one document": lambda ids, real, seed: Mask(doc_ids=torch.zeros_like(ids)),
+    "documents of 1": lambda ids, real, seed: Mask(doc_ids=torch.ones_like(ids[0]).cumsum(0)),
+    "padding right": lambda ids, real, seed: Mask(padding=real),
+    "padding left": lambda ids, real, seed: Mask(padding=real.flip(1)),
+    "padding inside": lambda ids, real, seed: Mask(padding=real ^ real.roll(real.shape[1] // 3, 1)),
+    "padding of all": lambda ids, real, seed: Mask(padding=torch.zeros_like(real)),
+    "all": lambda ids, real, seed: Mask(window=30, doc_ids=ids, padding=real.flip(1)),
+}
 
 
 def _qkv(batch, heads, kv_heads, q_len, k_len, dim, dtype, device, grad=True, inside=True):
@@ -1387,9 +1374,8 @@ def test_sdpa_and_reference_equal_float64():
     inputs = _qkv(1, 2, 2, 9, 4, 16, torch.float32, "cpu")  # more queries than keys
     for mask, backend in itertools.product((Mask(), Mask(window=2)), ("sdpa", "reference")):
         _compare(backend, inputs, mask)
-    inputs = _qkv(
-        1, 2, 1, 3, 12, 16, torch.float32, "cpu"
-    )  # a static cache: 7 of 12 keys are there
+    # a static cache: 7 of 12 keys are there
+    inputs = _qkv(1, 2, 1, 3, 12, 16, torch.float32, "cpu")
     for offset, backend in itertools.product((4, torch.tensor(4)), ("sdpa", "reference")):
         _compare(backend, inputs, Mask(offset=offset))
 
@@ -1935,7 +1921,7 @@ def test_gpu_tune_keeps_its_choice(tmp_path):
         chosen = tune(*inputs, mask, path=str(path))
         assert TUNED[key] == chosen and json.loads(path.read_text())
         TUNED.pop(key)
-        with unittest.mock.patch(__name__ + "._median_ms", side_effect=AssertionError):
+        with unittest.mock.patch(__name__ + ".do_bench", side_effect=AssertionError):
             assert tune(*inputs, mask, path=str(path)) == chosen
         _compare("flex", inputs, mask)
     finally:
@@ -1965,6 +1951,17 @@ def _torch_flex(mask, q, k):
     )
 
 
+def _wall_ms(run):
+    """Host and device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
 def _turns(runs, turns=5, time_ms=40):
     """Median ms of each, in shuffled turns: a chip's heat and clock then hit all alike."""
     times = {name: [] for name in runs}
@@ -1974,7 +1971,7 @@ def _turns(runs, turns=5, time_ms=40):
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
-def _bench_shape(words, shape, mask, results, softcap=None, inside=False, dense=True):
+def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
     """One mask at one shape: every way checked against the others, then timed in turns."""
     batch, heads, kv_heads, size, dim = shape
     _fresh()
@@ -1989,7 +1986,7 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False, dense=
     theirs = _torch_flex(mask, *inputs[:2])
     score = lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)
     ways["torch's flex"] = lambda *t: theirs(*t, None if softcap is None else score)
-    if dense and not mask.plain and softcap is None:
+    if not mask.plain and softcap is None:
         sees = dense_mask(mask, *inputs[:2])
         ways["SDPA, dense mask"] = lambda *t: F.scaled_dot_product_attention(
             *t, attn_mask=sees, enable_gqa=True
@@ -2051,14 +2048,7 @@ def _bench_blocks(results):
         laps = {}
         for name, run in (("ours", ours), ("torchs", torchs)):
             run()
-            times = []
-            for _ in range(20):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                run()
-                torch.cuda.synchronize()
-                times.append((time.perf_counter() - start) * 1e3)
-            laps[name] = statistics.median(times)
+            laps[name] = statistics.median(_wall_ms(run) for _ in range(20))
         ratio = laps["torchs"] / laps["ours"]
         print(
             f"block tables, documents, {batch} x {size}: {laps['ours']:.3f} ms, create_block_mask "
@@ -2077,11 +2067,8 @@ def _bench_graphs(results):
             mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, "cuda", turn)
             inputs = _qkv(2, 8, 2, size, size, 128, torch.bfloat16, "cuda")
             softcap = 20.0 if kind == "softcap" else None
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            attention(*inputs, mask=mask, softcap=softcap, backend="flex").sum().backward()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            run = functools.partial(attention, *inputs, mask=mask, softcap=softcap, backend="flex")
+            seconds.append(_wall_ms(lambda run=run: run().sum().backward()) / 1e3)
         made = _count_graphs() - before
         slow = sum(s for s in seconds if s > 0.3)
         usual = statistics.median(seconds) * 1e3
@@ -2137,36 +2124,31 @@ def _bench_packed(results):
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
+    def epoch(model, batches):
+        loss = 0.0
+        for batch in batches:
+            model.zero_grad()
+            value = loss_of(model, batch)
+            (value / total).backward()
+            loss += value.detach()
+        return loss
+
     rates, losses, build_ms = {}, {}, []
     for batch in packed:  # what register()'s masks cost a batch, before any layer
         ids = (batch["position_ids"] == 0).cumsum(1)
         q = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.float16)
         q = q.expand(-1, -1, ids.shape[1], -1)
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            Mask(doc_ids=ids).prepare(q, q)
-            torch.cuda.synchronize()
-            build_ms.append((time.perf_counter() - start) * 1e3)
+        run = lambda ids=ids, q=q: Mask(doc_ids=ids).prepare(q, q)
+        build_ms += [_wall_ms(run) for _ in range(5)]
     for way in ("flex_attn", "sdpa"):
         torch.manual_seed(0)
         with torch.device("cuda"):
             model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=way)
         model.bfloat16()
         for name, batches in (("padded", padded), ("packed", packed)):
-            laps = []
-            for _ in range(5):
-                torch.cuda.synchronize()
-                start, loss = time.perf_counter(), 0.0
-                for batch in batches:
-                    model.zero_grad()
-                    value = loss_of(model, batch)
-                    (value / total).backward()
-                    loss += value.detach()
-                torch.cuda.synchronize()
-                laps.append(time.perf_counter() - start)
-            rates[f"{way} {name}"] = total / statistics.median(laps[1:])
-            losses[f"{way} {name}"] = (loss / (total - 64)).item()
+            laps = [_wall_ms(lambda model=model, b=batches: epoch(model, b)) for _ in range(5)]
+            rates[f"{way} {name}"] = total / statistics.median(laps[1:]) * 1e3
+            losses[f"{way} {name}"] = (epoch(model, batches) / (total - 64)).item()
     spread = f"{min(lengths)} to {max(lengths)}, mean {total / 64:.0f}"
     share = total / sum(b["input_ids"].numel() for b in padded)
     print(
@@ -2236,12 +2218,7 @@ def bench_cpu(results) -> dict:
     for name in ("auto", "sdpa_math", "flex", "reference"):
         run = functools.partial(attention, *inputs, mask=mask, backend=name)
         assert_close(run(), want, msg=lambda m, n=name: f"{n}: {m}")
-        laps = []
-        for _ in range(7):
-            start = time.perf_counter()
-            run()
-            laps.append((time.perf_counter() - start) * 1e3)
-        times[name] = statistics.median(laps)
+        times[name] = statistics.median(_wall_ms(run) for _ in range(7))
     words = [f"{n} {t:.1f} ms ({t / times['auto']:.2f}x)" for n, t in times.items()]
     print(f"CPU, forward, documents of 256, 1 x 8/2 x 1024 x 64 float32 | {' | '.join(words)}")
     results["CPU"] = times
