@@ -243,9 +243,9 @@ def _simplified(mask, k_len):
             changes["doc_ids"] = None
         if mask.padding is not None and not padded:
             changes["padding"] = None
-        if mask.window is not None and mask.window >= k_len and mask.offset is None:
+        if mask.window is not None and mask.window >= k_len:
             changes["window"] = None
-        if not changes:
+        if not changes or mask.offset is not None:  # a cache's mask is of one kind for all tokens
             return mask
         simple = replace(mask, **changes)
         simple._memo["facts"] = [False, padded, gaps, several]
@@ -420,7 +420,9 @@ def _blocks(
         ids = F.pad((ids if ids.ndim == 2 else ids[None]).long(), (0, k_size - k_len))
     if real is not None:
         real = F.pad(real, (0, k_size - k_len)).clone()
-    return list(_compiled_build()(numbers, ids, real, q_size, k_size, causal))
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ExcludeDispatchKeyGuard(below):  # as in a compiled caller: one graph for both
+        return list(_compiled_build()(numbers, ids, real, q_size, k_size, causal))
 
 
 @_blocks.register_fake
@@ -674,8 +676,10 @@ def _with_segments(run, q, k, v, mask):
         k, v = k[segments.k_index], v[segments.k_index]
     if segments.q_index is not None:
         zeros = q.new_zeros(q.shape)
-        out = run(q[segments.q_index], k, v, segments) if segments.q_lens else None
-        out = zeros + q * 0 if out is None else zeros.index_copy(0, segments.q_index, out)
+        if segments.q_lens:
+            out = zeros.index_copy(0, segments.q_index, run(q[segments.q_index], k, v, segments))
+        else:  # all is padding: sums of nothing give the three their gradients, zeros
+            out = zeros + sum(t[:0].sum() for t in (q, k, v))
     else:
         out = run(q, k, v, segments)
     return out.view(batch, q_len, heads, dim).transpose(1, 2)
@@ -1003,13 +1007,9 @@ def attention(
 
 def _read_mask(function):
     """(causal, window, document ids) of one of transformers' mask functions, which are closures."""
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
-        return True, None, None
-    if function is masking_utils.bidirectional_mask_function:
-        return False, None, None
     name = function.__qualname__.split(".")[0]
+    if name in ("causal_mask_function", "bidirectional_mask_function"):
+        return name.startswith("causal"), None, None
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     inner = dict(zip(function.__code__.co_freevars, cells, strict=True))
     if name == "sliding_window_overlay":
@@ -1034,12 +1034,8 @@ class _OpenMask(Mask):
 
 def _traced_mask(function, batch, q_len, kv_len, device, config):
     """(causal, document ids) by asking the mask function whether each token sees the one before."""
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
-        return True, None
-    if function is masking_utils.bidirectional_mask_function:
-        return False, None
+    if function.__name__ in ("causal_mask_function", "bidirectional_mask_function"):
+        return function.__name__.startswith("causal"), None
     if q_len != kv_len:  # packed documents come without a cache
         return getattr(config, "is_causal", True), None
     rows = torch.arange(batch, device=device)[:, None]
@@ -1527,13 +1523,14 @@ def test_lowering_to_cumulative_lengths():
         for kind, (q_len, k_len) in itertools.product(KINDS, ((50, 50), (7, 50))):
             mask = _some_mask(kind, 3, q_len, k_len, "cpu", seed=5)
             inputs = _qkv(3, 4, 2, q_len, k_len, 16, torch.float64, "cpu")
-            want = _run_reference(*inputs, mask, 0.2, None)
-            for backend in ("varlen", "flash_attn", "xformers"):
-                if backend == "xformers" and kind == "window both sides":
-                    continue
-                got = RUN[backend](*inputs, mask, 0.2, None)
-                assert_close(got, want, msg=lambda m, b=backend, n=kind: f"{b} {n}: {m}")
-                got.sum().backward()
+            ways = ["reference", "varlen", "flash_attn", "xformers"]
+            ways = ways[: 3 if kind == "window both sides" else 4]
+            found = []
+            for backend in ways:
+                out = RUN[backend](*inputs, mask, 0.2, None)
+                found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+                words = lambda m, b=backend, n=kind: f"{b} {n}: {m}"
+                assert_close(found[-1], found[0], msg=words)
             got = _run_flash_attn(*inputs, mask, 0.2, 1.5)
             assert_close(got, _run_reference(*inputs, mask, 0.2, 1.5))
 
@@ -1757,7 +1754,7 @@ def test_transformers_models_equal_eager():
 
 
 def test_compiled_decoding_with_a_static_cache():
-    """As generate() does on GPUs by itself: few graphs for all tokens, eager's tokens."""
+    """As generate() does on GPUs by itself: a graph or two for all tokens, eager's tokens."""
     from transformers.generation import CompileConfig
 
     register()
@@ -1774,7 +1771,9 @@ def test_compiled_decoding_with_a_static_cache():
         before = _count_graphs()
         static = {"cache_implementation": "static", "compile_config": how, "eos_token_id": None}
         assert torch.equal(ours.generate(ids, **more, **static), want), name
-        assert 1 <= _count_graphs() - before <= 3  # for 10 tokens
+        made = _count_graphs() - before  # for 10 tokens: the last fills gemma2's sliding cache
+        flex = 4 if device == "cuda" and name == "gemma2" else 0  # kernels and tables, each twice
+        assert 1 <= made <= 2 + flex, f"{name}: {made} graphs"
 
 
 def test_transformers_through_flex():
