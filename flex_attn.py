@@ -175,6 +175,28 @@ class Mask:
     def contiguous(self) -> "Mask":
         return self
 
+    def to(self, device, non_blocking: bool = False) -> "Mask":
+        """This mask on another device, what prepare() made included; made once for all layers
+        there. accelerate calls this between the parts of a model that a device_map splits."""
+        device = torch.device(device)
+        lowered = [self._dense, *(self._blocks or ())]
+        tensors = [self.doc_ids, self.padding, self.offset, *lowered]
+        if all(t.device == device for t in tensors if isinstance(t, Tensor)):
+            return self
+
+        def make():
+            move = lambda t: t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t
+            ids, real, offset, dense, *blocks = map(move, tensors)
+            mask = replace(self, doc_ids=ids, padding=real, offset=offset)
+            if "facts" in self._memo:
+                mask._memo["facts"] = self._memo["facts"]
+            object.__setattr__(mask, "_dense", dense)
+            object.__setattr__(mask, "_blocks", Blocks(*blocks) if blocks else None)
+            object.__setattr__(mask, "_lengths", self._lengths)
+            return mask
+
+        return _kept(self._memo, ("to", device), make)
+
     def prepare(self, q: Tensor, k: Tensor) -> "Mask":
         """This mask, checked and lowered for q and k [B, H, S, D] of these lengths, for use inside
         a torch.compile'd region: layers compiled one by one then share one block table."""
@@ -194,6 +216,11 @@ class Mask:
 
 def _tracing():
     return torch.compiler.is_compiling()
+
+
+def _place(device):
+    """A device and its stream: what one stream has queued is not there yet for another."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _kept(memo, key, make, most=64):
@@ -468,9 +495,9 @@ def _lower(mask, q, k):
     if mask._blocks is not None:
         return mask._blocks
     if mask.doc_ids is None and mask.padding is None and not isinstance(offset, Tensor):
-        key = (q_len, k_len, offset, mask.window, mask.causal, device)
+        key = (q_len, k_len, offset, mask.window, mask.causal, _place(device))
         return _kept(PLAIN, key, make, most=16)
-    return _kept(mask._memo, ("blocks", q_len, k_len), make, most=8)
+    return _kept(mask._memo, ("blocks", q_len, k_len, _place(device)), make, most=8)
 
 
 def _rounded(size):
@@ -669,7 +696,7 @@ def _segments(mask, q, k):
         )
         return Segments(q_lens, k_lens, cu(q_lens), cu(k_lens), q_index, k_index)
 
-    return _kept(mask._memo, ("segments", batch, q_len, k_len, device), make, most=8)
+    return _kept(mask._memo, ("segments", batch, q_len, k_len, _place(device)), make, most=8)
 
 
 def _with_segments(run, q, k, v, mask):
@@ -808,7 +835,7 @@ def _run_sdpa(q, k, v, mask, scale, softcap, kernel=None):
         elif _tracing() or mask.plain:
             dense = dense_mask(mask, q, k)
         else:
-            key = ("dense", q.shape[2], k.shape[2])
+            key = ("dense", q.shape[2], k.shape[2], _place(q.device))
             dense = _kept(mask._memo, key, lambda: dense_mask(mask, q, k), most=2)
         # Rows without a key are NaN in some kernels: let them see all, and zero them afterwards
         if mask.padding is not None or mask.offset is not None or q.shape[2] > k.shape[2]:
@@ -1482,6 +1509,23 @@ def test_one_build_for_all_layers():
         assert build.call_count == 2
 
 
+def test_a_mask_moves_with_a_split_model():
+    """accelerate moves what a layer is given to the layer's device."""
+    from accelerate.utils import send_to_device
+
+    q, k = torch.empty(2, 4, 40, 16), torch.empty(2, 2, 40, 16)
+    for kind in ("all", "window", "causal"):
+        mask = _some_mask(kind, 2, 40, 40, "cpu").prepare(q, k)
+        given = {"attention_mask": mask}
+        moved = send_to_device(given, torch.device("meta"))["attention_mask"]
+        assert send_to_device(given, torch.device("meta"))["attention_mask"] is moved
+        assert mask.to("cpu") is mask and (moved is mask) == (kind == "causal")
+        if kind != "causal":
+            assert moved._dense.device.type == "meta" and moved.window == mask.window
+            out = attention(q.to("meta"), *[k.to("meta")] * 2, mask=moved)
+            assert out.shape == q.shape and out.device.type == "meta"
+
+
 def _naive_varlen(q, k, v, cu_q, cu_k, causal, window, scale, softcap=None):
     """What the interfaces of cumulative lengths say that they compute, in plain PyTorch."""
     outs = []
@@ -1914,6 +1958,57 @@ def test_gpu_every_backend_equals_float64():
         with torch.cuda.stream(stream):
             _compare(backend, _qkv(2, 4, 2, 500, 500, 64, torch.bfloat16, "cuda"), Mask(window=9))
         torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_gpu_streams_do_not_share_what_is_queued():
+    """What a mask lowers to on a busy stream is not there yet for another one."""
+    _needs_gpu()
+    inputs = _qkv(2, 4, 2, 400, 400, 64, torch.bfloat16, "cuda", False)
+    for kind, backend in itertools.product(("window", "documents"), ("flex", "sdpa", "varlen")):
+        mask = _some_mask(kind, 2, 400, 400, "cuda")
+        if supports(backend, *inputs, mask):  # (and doc_ids are checked, which waits)
+            continue
+        attention(*inputs, mask=replace(mask), backend=backend)  # compiles
+        PLAIN.clear()
+        torch.cuda.synchronize()
+        busy = torch.cuda.Stream()
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(10**9)
+            late = attention(*inputs, mask=mask, backend=backend)
+        out = attention(*inputs, mask=mask, backend=backend)
+        torch.cuda.current_stream().synchronize()
+        soon = not busy.query()
+        torch.cuda.synchronize()
+        assert torch.equal(out, late) and (soon or backend == "varlen"), (kind, backend)
+
+
+def test_models_on_two_gpus():
+    """Replicated by DataParallel, or split by a device_map: padded, packed, windows and softcap."""
+    if _device() == "cpu" or torch.cuda.device_count() < 2:
+        raise unittest.SkipTest("needs two GPUs of compute capability 8.0 or more")
+    from accelerate import dispatch_model
+
+    register()
+    ids = _text_ids(4, 200, "cuda")
+    real = (torch.arange(200) < torch.tensor([[200], [90], [150], [1]])).cuda()
+    restart = torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(4, -1).cuda()
+    second = "model.layers.1", "model.norm", "lm_head"
+    first = "model.embed_tokens", "model.rotary_emb", "model.layers.0"
+    split = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
+    ways = lambda m: m, torch.nn.DataParallel, lambda m: dispatch_model(m.cpu(), split)
+    for name, more in itertools.product(
+        ("mistral", "gemma2"), ({"attention_mask": real}, {"position_ids": restart})
+    ):
+        results = []
+        for way in ways:
+            model = _model(name, "flex_attn", device="cuda")
+            logits = way(model)(ids, use_cache=False, **more).logits.to("cuda:0")
+            kept = logits[real] if "attention_mask" in more else logits
+            kept.logsumexp(-1).mean().backward()
+            results.append([kept.detach(), *(p.grad.cpu() for p in model.parameters())])
+        for got in results[1:]:
+            for a, b in zip(got, results[0], strict=True):
+                assert (a - b).norm() <= 5e-3 * b.norm() + 1e-6, name
 
 
 def test_gpu_large():
