@@ -42,11 +42,13 @@ import pydoc_data.topics
 import random
 import statistics
 import sys
+import threading
 import time
 import types
 import unittest
 import unittest.mock
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +78,7 @@ SDPA = {
 }
 BACKENDS = ("flex", "sdpa", *SDPA, "varlen", "flash_attn", "xformers", "reference")
 HALF = (torch.float16, torch.bfloat16)
+COMPILING = threading.RLock()  # torch 2.11 refuses compiled calls while another thread compiles
 
 
 class Tiles(NamedTuple):
@@ -215,7 +218,8 @@ class Mask:
 
 
 def _tracing():
-    return torch.compiler.is_compiling()
+    # is_compiling() is also true while another thread compiles (torch 2.13)
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def _place(device):
@@ -454,7 +458,7 @@ def _blocks(
     rows = tuple(0 if t is None else min(len(t), 2) for t in (ids, real))
     build = _compiled_build(causal, rows, q_size == k_size, like.device)
     # as in a compiled caller: one graph for both
-    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(below):
+    with COMPILING, torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(below):
         return list(build(numbers, ids, real, q_size, k_size, causal))
 
 
@@ -638,7 +642,8 @@ def _run_flex(q, k, v, mask, scale, softcap):
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         heads = q.shape[3 - axis], k.shape[3 - axis], dim
         variant = (q.dtype, q.device, heads, grad, q.shape[0] == 1, q_len == k_len)
-        out = _compiled_flex(name, *constants, *variant)(q, k, v, blocks)
+        with COMPILING:
+            out = _compiled_flex(name, *constants, *variant)(q, k, v, blocks)
     if out.shape[axis] != q_len:  # (a slice copies its gradient)
         out = out.narrow(axis, 0, q_len)
     return out.transpose(1, 2) if inside else out
@@ -1498,6 +1503,32 @@ def test_a_long_process_stays_below_the_recompile_limit():
     assert made == variants > limit, f"{made} graphs of {variants} variants, limit {limit}"
 
 
+def test_threads_may_compile_at_once():
+    """As DataParallel's replicas do in their first step: torch 2.13 tells every thread then that
+    it is_compiling(), 2.11 refuses a compiled call while another thread compiles."""
+    busy = threading.Lock()
+
+    def compiled(*key):
+        def run(q, k, v, blocks):
+            assert busy.acquire(blocking=False), "two at once"
+            time.sleep(0.02)
+            busy.release()
+            return q
+
+        return run
+
+    def replica(seed):
+        inputs = _qkv(1, 2, 2, 200, 200, 16, torch.float32, "cpu", False)
+        assert attention(*inputs, mask=Mask(window=30), backend="flex").shape == inputs[0].shape
+
+    patch = unittest.mock.patch.multiple(
+        __name__, _compiled_flex=compiled, _compiled_build=lambda *key: _build
+    )
+    flag = unittest.mock.patch("torch.compiler._is_compiling_flag", True)
+    with patch, flag, ThreadPoolExecutor(4) as pool:
+        list(pool.map(replica, range(8)))
+
+
 def test_one_build_for_all_layers():
     inputs = _qkv(2, 4, 2, 300, 300, 32, torch.float32, _device(), False)
     mask = _some_mask("documents", 2, 300, 300, _device())
@@ -1992,12 +2023,12 @@ def test_models_on_two_gpus():
     ids = _text_ids(4, 200, "cuda")
     real = (torch.arange(200) < torch.tensor([[200], [90], [150], [1]])).cuda()
     restart = torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(4, -1).cuda()
-    second = "model.layers.1", "model.norm", "lm_head"
-    first = "model.embed_tokens", "model.rotary_emb", "model.layers.0"
+    second = "model.layers.1", "model.norm"
+    first = "model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head"
     split = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
     ways = lambda m: m, torch.nn.DataParallel, lambda m: dispatch_model(m.cpu(), split)
     for name, more in itertools.product(
-        ("mistral", "gemma2"), ({"attention_mask": real}, {"position_ids": restart})
+        ("gemma2", "mistral"), ({"attention_mask": real}, {"position_ids": restart})
     ):
         results = []
         for way in ways:
