@@ -983,19 +983,18 @@ def _choose(q, k, v, mask, softcap):
     elif q.shape[2] < BLOCK and softcap is None:
         return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
     elif hopper and q.shape[2] >= BLOCK and mask.padding is None and can("flash_attn"):
-        # causal: flash-attn 4 0.93 / 3.70, SDPA (cuDNN) 0.91 / 4.06, flex 1.23 / 5.35
-        # window 1024: 0.48 / 1.97, flex 0.72 / 2.93; softcap and head size 256: 1.20 / 5.62, flex
-        # 1.43 / 8.52. documents of 512: 0.26 / 1.15, flex 0.31 / 1.25, but 0.54 / 1.86 where tokens
+        # causal: flash-attn 4 0.94 / 3.55, SDPA (cuDNN) 0.99 / 4.05, flex 1.22 / 5.21
+        # window 1024: 0.48 / 1.98, flex 0.73 / 2.93; softcap and head size 256: 1.23 / 5.56, flex
+        # 1.42 / 8.51. documents of 512: 0.26 / 1.14, flex 0.31 / 1.24, but 0.54 / 1.85 where tokens
         # do not lie together, because it copies q, k and v then
-        grad = torch.is_grad_enabled() and q.requires_grad
         together = mask.doc_ids is None or q.stride(1) < q.stride(2)
-        if _flash()[0] == 4 and together and (grad or softcap is not None or not mask.plain):
+        if together and _flash()[0] == 4:
             return "flash_attn"
     if softcap is None and mask.plain:
         return "sdpa"
     if q.is_cuda and can("flex"):
-        # documents: flex 0.31 / 1.25, varlen 0.47 / 1.73, SDPA with a dense mask 3.3 / 12.4
-        # window: flex 0.72 / 2.93, varlen 1.03 / 3.68, dense 3.4 / 12.5
+        # documents: flex 0.31 / 1.24, varlen 0.47 / 1.71, SDPA with a dense mask 3.3 / 12.3
+        # window: flex 0.73 / 2.93, varlen 1.06 / 3.74, dense 3.4 / 12.3
         return "flex"
     if softcap is None:
         if not _tracing():
@@ -1684,18 +1683,45 @@ def test_bad_input_is_refused_in_one_line():
     _refused(lambda: register(backend="flax"), "'flax'")
 
 
+def _stand_ins(dim=64, size=300, inside=True, grad=True):
+    """What the choice of a backend asks of q, k and v on a GPU; no GPU is needed for it."""
+    strides = (3, 1, 2, 0) if inside else (3, 2, 1, 0)
+    device = torch.device("cuda", 0)
+    given = {"is_cuda": True, "requires_grad": grad, "dtype": torch.float16, "device": device}
+    given |= {"shape": (2, 4, size, dim), "stride": strides.__getitem__}
+    return (types.SimpleNamespace(**given) for _ in range(3))
+
+
+def test_auto_on_hopper():
+    """The rules, with flash-attn 4, 2 and without."""
+    ids = torch.arange(300) // 100
+    real = torch.ones(2, 300, dtype=torch.bool)
+    cases = [  # mask, softcap, stand-ins, with flash-attn 4, without
+        (Mask(), None, {}, "flash_attn", "sdpa"),
+        (Mask(), None, {"grad": False}, "flash_attn", "sdpa"),
+        (Mask(), None, {"dim": 80}, "sdpa", "sdpa"),
+        (Mask(causal=False), None, {}, "sdpa", "sdpa"),
+        (Mask(window=9), None, {}, "flash_attn", "flex"),
+        (Mask(window=9), None, {"size": 100}, "sdpa", "sdpa"),
+        (Mask(causal=False, window=9), None, {}, "flex", "flex"),
+        (Mask(doc_ids=ids), None, {}, "flash_attn", "flex"),
+        (Mask(doc_ids=ids), None, {"inside": False}, "flex", "flex"),
+        (Mask(padding=real), None, {}, "flex", "flex"),
+        (Mask(), 30.0, {"dim": 256}, "flash_attn", "flex"),
+        (Mask(), 30.0, {"size": 100}, "flex", "flex"),
+    ]
+    with unittest.mock.patch(__name__ + "._capability", return_value=(9, 0)):
+        for version in (4, 2, 0):
+            flash = unittest.mock.patch(__name__ + "._flash", return_value=(version, "none", None))
+            with flash:
+                for mask, softcap, more, with_4, without in cases:
+                    chosen = _choose(*_stand_ins(**more), mask, softcap)
+                    assert chosen == (with_4 if version == 4 else without), (mask, version, chosen)
+
+
 def test_auto_before_ampere_is_sdpa_and_says_so_once():
-    """As on a T4: capability 7.5 by a stand-in, the choice alone (nothing of it needs the GPU)."""
-    q, k, v = (
-        types.SimpleNamespace(
-            is_cuda=True,
-            requires_grad=True,
-            dtype=torch.float16,
-            device=torch.device("cuda", 0),
-            shape=(2, 4, 300, 64),
-        )
-        for _ in range(3)
-    )
+    """As on a T4."""
+    q, k, v = _stand_ins()
     ids = torch.zeros(300, dtype=torch.int64)
     _say.cache_clear()
     with unittest.mock.patch(__name__ + "._capability", return_value=(7, 5)):
