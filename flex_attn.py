@@ -78,6 +78,7 @@ SDPA = {
 }
 BACKENDS = ("flex", "sdpa", *SDPA, "varlen", "flash_attn", "xformers", "reference")
 HALF = (torch.float16, torch.bfloat16)
+WIDTHS = (*HALF, torch.float32)  # what autocast casts
 COMPILING = threading.RLock()  # torch 2.11 refuses compiled calls while another thread compiles
 
 
@@ -198,7 +199,7 @@ class Mask:
             object.__setattr__(mask, "_lengths", self._lengths)
             return mask
 
-        return _kept(self._memo, ("to", device), make)
+        return _kept(self._memo, ("to", _place(device)), make)
 
     def prepare(self, q: Tensor, k: Tensor) -> "Mask":
         """This mask, checked and lowered for q and k [B, H, S, D] of these lengths, for use inside
@@ -223,8 +224,10 @@ def _tracing():
 
 
 def _place(device):
-    """A device and its stream: what one stream has queued is not there yet for another."""
-    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """What keeps tensors apart: a device, its stream (what one has queued is not there yet for
+    another), and inference mode (its tensors cannot be saved for a backward pass)."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return device, stream, torch.is_inference_mode_enabled()
 
 
 def _kept(memo, key, make, most=64):
@@ -549,7 +552,7 @@ def _flex(q, k, v, blocks, *, kind, scale, softcap, options, inside, per_row, pa
         score_mod=score_mod,
         block_mask=block_mask,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=guard_scalar(q.shape[1] != k.shape[1]),
         kernel_options=dict(options),
     )
     return out.transpose(1, 2) if inside else out
@@ -832,7 +835,7 @@ def _needs_dense(q, k, mask):
 
 
 def _run_sdpa(q, k, v, mask, scale, softcap, kernel=None):
-    grouped = q.shape[1] != k.shape[1]
+    grouped = guard_scalar(q.shape[1] != k.shape[1])
     dense = empty = None
     if _needs_dense(q, k, mask):
         if mask._dense is not None:
@@ -917,6 +920,24 @@ def _need_backend(backend, auto=True):
     _need(ok, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
 
 
+def _autocast_is_on(t):
+    kinds = "cpu", "cuda"
+    return (
+        isinstance(t, Tensor)
+        and t.device.type in kinds
+        and torch.is_autocast_enabled(t.device.type)
+    )
+
+
+def _autocasted(q, k, v):
+    """The three as autocast hands them to SDPA: of its dtype, float64 as it is."""
+    if not _autocast_is_on(q):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype in WIDTHS else t
+    return cast(q), cast(k), cast(v)
+
+
 def supports(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float | None = None
 ) -> str | None:
@@ -924,6 +945,7 @@ def supports(
     the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
     inputs that no backend takes."""
     _need_backend(backend, auto=False)
+    q, k, v = _autocasted(q, k, v)
     _check(q, k, v, mask, None, softcap)
     return _unable(backend, q, k, v, mask if _tracing() else _simplified(mask, k.shape[2]), softcap)
 
@@ -1017,14 +1039,24 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale under mask) v.
 
-    q: [B, H, S_q, D]; k, v: [B, H_kv, S_k, D], H a multiple of H_kv; one floating dtype and device.
+    q: [B, H, S_q, D]; k, v: [B, H_kv, S_k, D], H a multiple of H_kv; one floating dtype and device
+    (in autocast: its dtype, to which the three are cast).
     scale: default D ** -0.5. softcap: scores become softcap * tanh(scores / softcap).
     backend: "auto" (the rules of `_choose`), or one of BACKENDS, which then runs or raises
     ValueError with the reason of `supports`. Returns [B, H, S_q, D] in q's dtype; rows that see no
     key are zero. Raises ValueError or TypeError for inputs that do not fit together.
     """
+    if _autocast_is_on(q):
+        q, k, v = _autocasted(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(q, k, v, mask=mask, scale=scale, softcap=softcap, backend=backend)
     _check(q, k, v, mask, scale, softcap)
-    if not _tracing():
+    if (
+        _tracing()
+    ):  # heads and head sizes are constants of a graph, where q and k are its inputs too
+        for t in (q, k):
+            guard_scalar(t.shape[1]), guard_scalar(t.shape[3])
+    else:
         mask, lengths = _simplified(mask, k.shape[2]), (q.shape[2], k.shape[2])
         if mask._lengths not in (None, lengths):
             words = "{} queries and {} keys".format
@@ -1775,6 +1807,46 @@ def test_inside_a_compiled_caller():
         assert _count_graphs() - before <= 8 and not torch._dynamo.utils.counters["graph_break"]
 
 
+def _error(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def test_autocast_casts_as_for_sdpa():
+    """Rotary embeddings leave q and k in float32 beside v in bfloat16, in every Trainer(bf16)."""
+    device = _device()
+    q, k, v = _qkv(2, 4, 2, 60, 60, 16, torch.float32, device)
+    mask = Mask(window=9)
+    backends = ("auto", "reference", *(("flex",) if device == "cuda" else ()))
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for backend, run in itertools.product(backends, (attention, compiled)):
+        with torch.autocast(device, torch.bfloat16):
+            assert supports("sdpa", q, k, v.bfloat16(), mask) is None
+            out = run(q, k, v.bfloat16(), mask=mask, backend=backend)
+        low = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+        want = attention(*low, mask=mask, backend=backend)
+        assert out.dtype == torch.bfloat16, backend
+        assert torch.equal(out, want) if run is attention else _error(out, want) < 1e-2, backend
+        grads = torch.autograd.grad(out.float().sin().sum(), (q, k, v))
+        wants = torch.autograd.grad(want.float().sin().sum(), low)
+        for grad, other in zip(grads, wants, strict=True):
+            assert grad.dtype == torch.float32 and _error(grad, other) < 2e-2, backend
+
+
+def test_evaluation_then_training():
+    """What a mask lowers to in inference mode cannot be saved for a backward pass."""
+    device = _device()
+    inputs = _qkv(2, 4, 2, 140, 140, 16, torch.float32, device)
+    masks = [Mask(window=9), _some_mask("all", 2, 140, 140, device)]
+    for mask, backend in itertools.product(masks, ("sdpa", "flex", "auto")):
+        PLAIN.clear()
+        with torch.inference_mode():
+            want = attention(*inputs, mask=mask, backend=backend)
+        if backend == "auto" or supports(backend, *inputs, mask) is None:
+            out = attention(*inputs, mask=mask, backend=backend)
+            assert_close(out, want.clone())
+            out.sum().backward()
+
+
 def test_activation_checkpointing():
     device = _device()
     mask = _some_mask("documents", 2, 300, 300, device)
@@ -1863,6 +1935,10 @@ def test_transformers_models_equal_eager():
             for a, b in zip(grads[1][1], grads[0][1], strict=True):
                 error = (a - b).norm() / b.norm().clamp(min=1e-6)
                 assert error < (5e-3 if device == "cuda" else 1e-4), (name, error)
+            with torch.autocast(device, torch.bfloat16):  # float32 weights: mixed precision
+                low = [model(ids, use_cache=False, **more).logits for model in (ours, eager)]
+            error = (low[0] - low[1])[real].float().norm() / low[1][real].float().norm()
+            assert error < 3e-2, (name, error)
         for cache in ("dynamic", "static"):
             short = {"input_ids": ids[:, :40], "attention_mask": left[:, 30:70], "do_sample": False}
             short |= {"max_new_tokens": 12, "cache_implementation": cache, "disable_compile": True}
