@@ -1956,6 +1956,8 @@ def test_compiled_decoding_with_a_static_cache():
     """As generate() does on GPUs by itself: a graph or two for all tokens, eager's tokens."""
     from transformers.generation import CompileConfig
 
+    full = Mask(padding=torch.ones(2, 9, dtype=torch.bool), offset=torch.tensor(8))
+    assert _simplified(full, 9) is full  # or the token that fills the cache would be compiled anew
     register()
     device = _device()
     how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
