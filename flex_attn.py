@@ -78,7 +78,6 @@ SDPA = {
 }
 BACKENDS = ("flex", "sdpa", *SDPA, "varlen", "flash_attn", "xformers", "reference")
 HALF = (torch.float16, torch.bfloat16)
-WIDTHS = (*HALF, torch.float32)  # what autocast casts
 COMPILING = threading.RLock()  # torch 2.11 refuses compiled calls while another thread compiles
 
 
@@ -164,10 +163,8 @@ class Mask:
                     _need(ok, name, value.dtype, "an integer dtype", TypeError)
                 ok = value.ndim == 2 or (value.ndim == 1 and name == "doc_ids")
                 _need(ok, name, value.shape, shape)
-        if not _tracing():  # else a compiled caller would take their lengths for constants
-            for tensor in (self.doc_ids, self.padding):
-                if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, tuple(range(tensor.ndim)))
+        if not _tracing():
+            _mark_dynamic(self.doc_ids, self.padding)
 
     @property
     def plain(self) -> bool:
@@ -197,6 +194,7 @@ class Mask:
             object.__setattr__(mask, "_dense", dense)
             object.__setattr__(mask, "_blocks", Blocks(*blocks) if blocks else None)
             object.__setattr__(mask, "_lengths", self._lengths)
+            _mark_dynamic(dense, *blocks)
             return mask
 
         return _kept(self._memo, ("to", _place(device)), make)
@@ -211,16 +209,21 @@ class Mask:
             object.__setattr__(mask, "_lengths", (q.shape[2], k.shape[2]))
             dense = not q.is_cuda or q.shape[2] < BLOCK or _unable_flex(q) is not None
             name, make = ("_dense", dense_mask) if dense else ("_blocks", _lower)
-            lowered = make(mask, q, k)
-            for tensor in lowered[:3] + lowered[4:] if name == "_blocks" else (lowered,):
-                torch._dynamo.maybe_mark_dynamic(tensor, tuple(range(tensor.ndim)))
-            object.__setattr__(mask, name, lowered)
+            object.__setattr__(mask, name, make(mask, q, k))
+            _mark_dynamic(mask._dense)
         return mask
 
 
 def _tracing():
     # is_compiling() is also true while another thread compiles (torch 2.13)
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def _mark_dynamic(*tensors):
+    """Have torch.compile take no size of these for a constant."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, tuple(range(tensor.ndim)))
 
 
 def _place(device):
@@ -491,16 +494,20 @@ def _lower(mask, q, k):
         window = FAR if mask.window is None else mask.window
         ids, real = mask.doc_ids, mask.padding
         blocks = Blocks(*_blocks(q, q_len, k_len, *given, window, ids, real, mask.causal))
-        if device.type == "cpu" and not _tracing():
-            # inductor's C++ kernel mixes up the names of such sizes: make them constants, rounded
-            fixed = [F.pad(t, (0, _rounded(t.numel()) - t.numel())) for t in blocks[:3]]
-            blocks = Blocks(*fixed, *blocks[3:])
-        return blocks
+        if _tracing():
+            return blocks
+        if device.type != "cpu":
+            _mark_dynamic(*blocks)
+            return blocks
+        _mark_dynamic(blocks.tables)
+        # inductor's C++ kernel mixes up the names of the other sizes: make them constants, rounded
+        fixed = [F.pad(t, (0, _rounded(t.numel()) - t.numel())) for t in blocks[:3]]
+        return Blocks(*fixed, *blocks[3:])
 
-    if _tracing():
-        return mask._blocks if mask._blocks is not None else make()
     if mask._blocks is not None:
         return mask._blocks
+    if _tracing():
+        return make()
     if mask.doc_ids is None and mask.padding is None and not isinstance(offset, Tensor):
         key = (q_len, k_len, offset, mask.window, mask.causal, _place(device))
         return _kept(PLAIN, key, make, most=16)
@@ -637,10 +644,6 @@ def _run_flex(q, k, v, mask, scale, softcap):
     else:
         for t in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(t, (0, axis))
-        torch._dynamo.maybe_mark_dynamic(blocks.tables, 0)
-        if q.device.type != "cpu":
-            for t in blocks[:3]:
-                torch._dynamo.maybe_mark_dynamic(t, 0)
         name = f"flex_{kind}" + "_padded" * padded + "_softcap" * (softcap is not None)
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         heads = q.shape[3 - axis], k.shape[3 - axis], dim
@@ -920,22 +923,14 @@ def _need_backend(backend, auto=True):
     _need(ok, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
 
 
-def _autocast_is_on(t):
-    kinds = "cpu", "cuda"
-    return (
-        isinstance(t, Tensor)
-        and t.device.type in kinds
-        and torch.is_autocast_enabled(t.device.type)
-    )
-
-
 def _autocasted(q, k, v):
-    """The three as autocast hands them to SDPA: of its dtype, float64 as it is."""
-    if not _autocast_is_on(q):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype in WIDTHS else t
-    return cast(q), cast(k), cast(v)
+    """The three as autocast hands them to SDPA (of its dtype, float64 as it is); None: it is off."""
+    kind = q.device.type if isinstance(q, Tensor) else "none"
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    casts = lambda t: isinstance(t, Tensor) and t.dtype in (*HALF, torch.float32)
+    return tuple(t.to(dtype) if casts(t) else t for t in (q, k, v))
 
 
 def supports(
@@ -945,7 +940,7 @@ def supports(
     the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
     inputs that no backend takes."""
     _need_backend(backend, auto=False)
-    q, k, v = _autocasted(q, k, v)
+    q, k, v = _autocasted(q, k, v) or (q, k, v)
     _check(q, k, v, mask, None, softcap)
     return _unable(backend, q, k, v, mask if _tracing() else _simplified(mask, k.shape[2]), softcap)
 
@@ -1046,14 +1041,13 @@ def attention(
     ValueError with the reason of `supports`. Returns [B, H, S_q, D] in q's dtype; rows that see no
     key are zero. Raises ValueError or TypeError for inputs that do not fit together.
     """
-    if _autocast_is_on(q):
-        q, k, v = _autocasted(q, k, v)
+    cast = _autocasted(q, k, v)
+    if cast is not None:
         with torch.autocast(q.device.type, enabled=False):
-            return attention(q, k, v, mask=mask, scale=scale, softcap=softcap, backend=backend)
+            return attention(*cast, mask=mask, scale=scale, softcap=softcap, backend=backend)
     _check(q, k, v, mask, scale, softcap)
-    if (
-        _tracing()
-    ):  # heads and head sizes are constants of a graph, where q and k are its inputs too
+    if _tracing():
+        # heads and head sizes are constants of a graph, where q and k are its inputs too
         for t in (q, k):
             guard_scalar(t.shape[1]), guard_scalar(t.shape[3])
     else:
@@ -1074,11 +1068,14 @@ def attention(
 # transformers
 
 
+SIMPLE = {"causal_mask_function": True, "bidirectional_mask_function": False}  # whether causal
+
+
 def _read_mask(function):
     """(causal, window, document ids) of one of transformers' mask functions, which are closures."""
     name = function.__qualname__.split(".")[0]
-    if name in ("causal_mask_function", "bidirectional_mask_function"):
-        return name.startswith("causal"), None, None
+    if name in SIMPLE:
+        return SIMPLE[name], None, None
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     inner = dict(zip(function.__code__.co_freevars, cells, strict=True))
     if name == "sliding_window_overlay":
@@ -1103,8 +1100,8 @@ class _OpenMask(Mask):
 
 def _traced_mask(function, batch, q_len, kv_len, device, config):
     """(causal, document ids) by asking the mask function whether each token sees the one before."""
-    if function.__name__ in ("causal_mask_function", "bidirectional_mask_function"):
-        return function.__name__.startswith("causal"), None
+    if function.__name__ in SIMPLE:
+        return SIMPLE[function.__name__], None
     if q_len != kv_len:  # packed documents come without a cache
         return getattr(config, "is_causal", True), None
     rows = torch.arange(batch, device=device)[:, None]
@@ -1272,9 +1269,9 @@ def _device():
     return "cuda" if torch.cuda.is_available() and _capability(0) >= (8, 0) else "cpu"
 
 
-def _needs_gpu():
-    if _device() == "cpu":
-        raise unittest.SkipTest("needs a GPU of compute capability 8.0 or more")
+def _needs_gpu(count=1):
+    if _device() == "cpu" or torch.cuda.device_count() < count:
+        raise unittest.SkipTest(f"needs {count} GPU(s) of compute capability 8.0 or more")
 
 
 def _documents(size, generator, mean=60):
@@ -1328,6 +1325,10 @@ def _plain_low(q, k, v, mask, scale, softcap):
     sees = dense_mask(mask, q, k)
     weights = scores.masked_fill(~sees, torch.finfo(q.dtype).min).softmax(-1)
     return weights.masked_fill(~sees, 0) @ v
+
+
+def _error(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
 def _errors(run, inputs, weight, truth):
@@ -1807,10 +1808,6 @@ def test_inside_a_compiled_caller():
         assert _count_graphs() - before <= 8 and not torch._dynamo.utils.counters["graph_break"]
 
 
-def _error(got, want):
-    return ((got.float() - want.float()).norm() / want.float().norm()).item()
-
-
 def test_autocast_casts_as_for_sdpa():
     """Rotary embeddings leave q and k in float32 beside v in bfloat16, in every Trainer(bf16)."""
     device = _device()
@@ -1854,15 +1851,10 @@ def test_activation_checkpointing():
     run = lambda q, k, v: attention(q * 1.5, k, v, mask=mask)
     want = torch.autograd.grad(run(q, k, v).square().sum(), (q, k, v))
     for reentrant in (False, True):
-        out = checkpoint(run, q, k, v, use_reentrant=reentrant)
-        for a, b in zip(
-            torch.autograd.grad(out.square().sum(), (q, k, v)) if not reentrant else (), want
-        ):
-            assert_close(a, b)
-        if reentrant:
-            out.square().sum().backward()
-            for t, b in zip((q, k, v), want, strict=True):
-                assert_close(t.grad, b)
+        checkpoint(run, q, k, v, use_reentrant=reentrant).square().sum().backward()
+        for t, b in zip((q, k, v), want, strict=True):
+            assert_close(t.grad, b)
+            t.grad = None
 
 
 def _model(name, implementation, dtype=torch.float32, device="cpu", layers=2):
@@ -1908,6 +1900,11 @@ def _text_ids(batch, size, device="cpu", seed=0):
     return torch.stack([data[s : s + size] for s in starts])
 
 
+def _restarting(lengths, batch, device):
+    """Position ids [batch, tokens] of documents of these lengths, packed."""
+    return torch.cat([torch.arange(n) for n in lengths])[None].expand(batch, -1).to(device)
+
+
 def test_transformers_models_equal_eager():
     """Logits and gradients; packed by position ids; padded; generated tokens."""
     register()
@@ -1916,7 +1913,7 @@ def test_transformers_models_equal_eager():
         eager, ours = (_model(name, way, device=device) for way in ("eager", "flex_attn"))
         ours.load_state_dict(eager.state_dict())
         ids = _text_ids(2, 200, device)
-        restart = torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(2, -1).to(device)
+        restart = _restarting((70, 1, 129), 2, device)
         left = torch.ones_like(ids)
         left[1, :50] = 0
         for more in ({}, {"position_ids": restart}, {"attention_mask": left}):
@@ -1937,7 +1934,7 @@ def test_transformers_models_equal_eager():
                 assert error < (5e-3 if device == "cuda" else 1e-4), (name, error)
             with torch.autocast(device, torch.bfloat16):  # float32 weights: mixed precision
                 low = [model(ids, use_cache=False, **more).logits for model in (ours, eager)]
-            error = (low[0] - low[1])[real].float().norm() / low[1][real].float().norm()
+            error = _error(low[0][real], low[1][real])
             assert error < 3e-2, (name, error)
         for cache in ("dynamic", "static"):
             short = {"input_ids": ids[:, :40], "attention_mask": left[:, 30:70], "do_sample": False}
@@ -1984,9 +1981,7 @@ def test_transformers_through_flex():
         eager, ours = (_model(name, way, device=_device()) for way in ("eager", "flex_attn_only"))
         ours.load_state_dict(eager.state_dict())
         ids = _text_ids(2, 200, _device())
-        restart = (
-            torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(2, -1).to(_device())
-        )
+        restart = _restarting((70, 1, 129), 2, _device())
         with torch.no_grad():
             for more in ({}, {"position_ids": restart}):
                 want, got = (m(ids, use_cache=False, **more).logits for m in (eager, ours))
@@ -1999,7 +1994,7 @@ def test_a_packed_batch_has_each_documents_own_loss():
     model = _model("gemma2", "flex_attn", device=device)
     lengths = [5, 1, 90, 33, 2, 60]
     ids = _text_ids(1, sum(lengths), device)
-    position = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    position = _restarting(lengths, 1, device)
     packed = model(ids, position_ids=position, use_cache=False).logits[0].split(lengths)
     for logits, own in zip(packed, ids[0].split(lengths), strict=True):
         alone = model(own[None], use_cache=False).logits[0]
@@ -2021,9 +2016,7 @@ def test_blocks_compiled_one_by_one():
     before = _count_graphs()
     for size in (200, 333, 260, 512):
         ids = _text_ids(2, size, device)
-        position = (
-            torch.cat([torch.arange(n) for n in (150, size - 150)])[None].expand(2, -1).to(device)
-        )
+        position = _restarting((150, size - 150), 2, device)
         logits = model(ids, position_ids=position, use_cache=False).logits
         logits.float().logsumexp(-1).mean().backward()
         want = plain(ids, position_ids=position, use_cache=False).logits
@@ -2046,8 +2039,8 @@ def test_whole_models_compiled():
         made = 0
         for size in (150, 257):
             ids = _text_ids(2, size, device)
-            position = torch.cat([torch.arange(60), torch.arange(size - 60)])[None].expand(2, -1)
-            for more in ({}, {"position_ids": position.to(device)}):
+            position = _restarting((60, size - 60), 2, device)
+            for more in ({}, {"position_ids": position}):
                 grads = []
                 for run, owner in ((compiled, model), (plain, plain)):
                     owner.zero_grad()
@@ -2057,7 +2050,7 @@ def test_whole_models_compiled():
                     grads.append((logits, owner.model.layers[0].self_attn.q_proj.weight.grad))
                     made += _count_graphs() - before if owner is model else 0
                 assert_close(grads[0][0], grads[1][0], atol=5e-3, rtol=5e-3)
-                error = (grads[0][1] - grads[1][1]).norm() / grads[1][1].norm()
+                error = _error(grads[0][1], grads[1][1])
                 assert error < 1e-2, (name, size, error)
         tables = 2 if device == "cuda" else 0  # of documents, and with softcap of none
         assert made <= 2 + tables, f"{name}: {made} graphs"
@@ -2119,14 +2112,13 @@ def test_gpu_streams_do_not_share_what_is_queued():
 
 def test_models_on_two_gpus():
     """Replicated by DataParallel, or split by a device_map: padded, packed, windows and softcap."""
-    if _device() == "cpu" or torch.cuda.device_count() < 2:
-        raise unittest.SkipTest("needs two GPUs of compute capability 8.0 or more")
+    _needs_gpu(2)
     from accelerate import dispatch_model
 
     register()
     ids = _text_ids(4, 200, "cuda")
     real = (torch.arange(200) < torch.tensor([[200], [90], [150], [1]])).cuda()
-    restart = torch.cat([torch.arange(n) for n in (70, 1, 129)])[None].expand(4, -1).cuda()
+    restart = _restarting((70, 1, 129), 4, "cuda")
     second = "model.layers.1", "model.norm"
     first = "model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head"
     split = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
@@ -2246,9 +2238,9 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
             *t, attn_mask=sees, enable_gqa=True
         )
     with torch.no_grad():
-        want = ways["torch's flex"](*inputs).float()
+        want = ways["torch's flex"](*inputs)
         for name, way in ways.items():
-            error = (way(*inputs).float() - want).norm() / want.norm()
+            error = _error(way(*inputs), want)
             assert error < 1e-2, f"{name} is off by {error:.1e}"
 
     def step(way):
@@ -2362,7 +2354,7 @@ def _bench_packed(results):
     packed, row = [], []
     for document in [*documents, None]:
         if document is None or sum(map(len, row)) + len(document) > 8192:
-            position = torch.cat([torch.arange(len(r)) for r in row])[None].cuda()
+            position = _restarting(map(len, row), 1, "cuda")
             packed.append({"input_ids": torch.cat(row)[None], "position_ids": position})
             row = []
         row.append(document)
