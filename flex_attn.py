@@ -253,14 +253,14 @@ def _kept(memo, key, make, most=64):
 
 def _facts(mask):
     """Of doc_ids and padding, in one transfer: (ids fall somewhere, a token is padding, a document
-    has padding between its tokens, a row holds several documents)."""
+    has padding between its tokens, how often a document follows another in its row)."""
 
     def read():
         ids, real, no = mask.doc_ids, mask.padding, torch.zeros((), dtype=torch.bool)
         flags = [no, no, no, no]
         if ids is not None:
             flags[0] = (ids[..., 1:] < ids[..., :-1]).any()
-            flags[3] = (ids[..., 1:] != ids[..., :-1]).any()
+            flags[3] = (ids[..., 1:] != ids[..., :-1]).sum()
         if real is not None:
             size = real.shape[1]
             at = torch.arange(size, device=real.device)
@@ -271,7 +271,7 @@ def _facts(mask):
                 gap = gap & (two.gather(1, before.clamp(min=0)) == two)
             flags[1:3] = [~real.all(), gap.any()]
         device = next((f.device for f in flags if f.device.type != "cpu"), no.device)
-        return torch.stack([f.to(device) for f in flags]).tolist()
+        return torch.stack([f.to(device, torch.int64) for f in flags]).tolist()
 
     return _kept(mask._memo, "facts", read)
 
@@ -282,10 +282,10 @@ def _simplified(mask, k_len):
         return mask
 
     def make():
-        unsorted, padded, gaps, several = _facts(mask)
+        unsorted, padded, gaps, follow = _facts(mask)
         _need(not unsorted, "doc_ids", "ids that fall", "non-decreasing ids in each row")
         changes = {}
-        if mask.doc_ids is not None and not several:
+        if mask.doc_ids is not None and not follow:
             changes["doc_ids"] = None
         if mask.padding is not None and not padded:
             changes["padding"] = None
@@ -294,7 +294,7 @@ def _simplified(mask, k_len):
         if not changes or mask.offset is not None:  # a cache's mask is of one kind for all tokens
             return mask
         simple = replace(mask, **changes)
-        simple._memo["facts"] = [False, padded, gaps, several]
+        simple._memo["facts"] = [0, padded, gaps, follow]
         return simple
 
     return _kept(mask._memo, ("simple", k_len), make)
@@ -1445,17 +1445,24 @@ def _choose(q, k, v, mask, softcap):
     4.0.0b36, bf16; ms forward / forward+backward at 4 x 32/8 x 4096 x 128 unless said)."""
     can = lambda name: _unable(name, q, k, v, mask, softcap) is None
     hopper = q.is_cuda and _capability(q.device.index) == (9, 0)
+    flash_4 = hopper and q.shape[2] >= BLOCK and mask.padding is None
+    flash_4 = flash_4 and can("flash_attn") and _flash()[0] == 4
+
+    def long():  # documents of more than 1536 tokens on average
+        size = mask.doc_ids.numel()
+        count = _facts(mask)[3] + size // mask.doc_ids.shape[-1]
+        return q.stride(1) < q.stride(2) and size > 1536 * count
+
     if not q.is_cuda:
         if softcap is None:
             return "sdpa"
     elif q.shape[2] < BLOCK and softcap is None:
         return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
-    elif hopper and q.shape[2] >= BLOCK and mask.doc_ids is mask.padding is None:
+    elif flash_4 and (mask.doc_ids is None or long()):
         # causal: flash-attn 4 0.94 / 3.55, SDPA (cuDNN) 0.99 / 4.05, triton 1.12 / 4.45
         # window 1024: 0.48 / 1.98, triton 0.55 / 2.27
-        flash_4 = can("flash_attn") and _flash()[0] == 4
-        if flash_4:
-            return "flash_attn"
+        # documents of 2048: 0.56 / 2.17, triton 0.66 / 2.75; [B, H, S, D] it copies, 0.7 ms
+        return "flash_attn"
     if softcap is None and mask.plain:
         return "sdpa"
     if q.is_cuda and can("triton"):
@@ -2057,7 +2064,7 @@ def _check_kernels(device, dtype):
     if device == "cuda":  # other lengths go to the kernels that the first ones had compiled
         cases += tuple((kind, q_len + 8, k_len + 8) for kind, q_len, k_len in cases)
     turns = list(itertools.product((True, False), (16, 80), (None, 2.0)))
-    turns = (turns + turns[:2]) * 2
+    turns = itertools.cycle(turns + turns[:4])
     for (kind, q_len, k_len), (inside, dim, softcap) in zip(cases, turns, strict=False):
         heads = (2, 1) if q_len > 100 else (4, 2)
         q, k, v = _qkv(2, *heads, q_len, k_len, dim, dtype, device, False, inside)
@@ -2272,7 +2279,7 @@ def _stand_ins(dim=64, size=300, inside=True, grad=True, dtype=torch.float16):
 
 def test_auto_on_hopper():
     """The rules, with flash-attn 4, 2 and without."""
-    ids = torch.arange(300) // 100
+    ids, long = torch.arange(300) // 100, torch.arange(4000) // 2000
     real = torch.ones(2, 300, dtype=torch.bool)
     cases = [  # mask, softcap, stand-ins, with flash-attn 4, without
         (Mask(), None, {}, "flash_attn", "sdpa"),
@@ -2284,6 +2291,8 @@ def test_auto_on_hopper():
         (Mask(causal=False, window=9), None, {}, "triton", "triton"),
         (Mask(doc_ids=ids), None, {}, "triton", "triton"),
         (Mask(doc_ids=ids), None, {"inside": False}, "triton", "triton"),
+        (Mask(doc_ids=long), None, {"size": 4000}, "flash_attn", "triton"),
+        (Mask(doc_ids=long), None, {"size": 4000, "inside": False}, "triton", "triton"),
         (Mask(doc_ids=ids), None, {"dim": 20}, "flex", "flex"),
         (Mask(doc_ids=ids), None, {"dtype": torch.float32}, "flex", "flex"),
         (Mask(padding=real), None, {}, "triton", "triton"),
