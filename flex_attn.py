@@ -13,7 +13,7 @@ Idea: causal, sliding window, packed documents and padding all let a query see o
   of the graph, and tile sizes per head size and mask come from a table measured on an H200 (TUNED;
   `tune` measures for other GPUs and shapes).
 - For Hopper there are Triton kernels here that take the same intervals (backend `triton`): nothing
-  to trace, any length, and 1.3 to 1.5 times as fast as FlexAttention forward and backward.
+  to trace, any length, and 1.1 to 1.6 times as fast as FlexAttention forward and backward.
 - `auto` follows rules measured on the GPU family; a backend asked for by name runs or says why not.
 - `register()` makes all this transformers' attn_implementation="flex_attn", position ids that
   restart included (packed documents).
@@ -819,7 +819,8 @@ def _dkv_kernel(q_desc, dout_desc, k_desc, v_desc, dk_desc, dv_desc, lse_desc, d
                 HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
                 CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
                 M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):
-    # dk and dv for N keys, over all queries that see them in all heads of the group.
+    # dk and dv for N keys, over all queries that see them in all heads of the group. lse, delta, lo
+    # and hi come by TMA: addresses for each thread were a sixth of the loop's instructions.
     KV_HEADS: tl.constexpr = HEADS // GROUP
     b, h_kv = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     n0 = tl.program_id(1) * N
@@ -878,10 +879,9 @@ class Plan(NamedTuple):
 
 
 # By head size up to, and whether the mask is plain causal: of 6 to 9 variants a kernel on an H200,
-# shapes as for TUNED. Milliseconds of the three, and of FlexAttention with TUNED in the same run:
-# causal 128: 1.17 + 1.41 + 1.95 for 5.79, 64: 0.66 + 0.71 + 1.20 for 3.40, 256: 1.14 + 1.73 + 4.02
-# for 6.92; documents of 512, 128: 0.24 + 0.32 + 0.33 for 1.29, 64: 0.14 + 0.17 + 0.25 for 0.81,
-# 256: 0.26 + 0.41 + 0.62 for 1.82.
+# shapes as for TUNED. Milliseconds forward + backward of the device alone: causal 128: 1.25 + 3.62,
+# 64: 0.72 + 2.00, 256: 1.22 + 5.42; documents of 512, 128: 0.25 + 0.65, 64: 0.14 + 0.37, 256: 0.25
+# + 1.00. A window of 1024 at 128 would gain 3% by (128, 32, 8, 3) for dQ, documents lose as much.
 PLANS = {
     (64, True): Plan((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
     (64, False): Plan((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
@@ -1459,15 +1459,15 @@ def _choose(q, k, v, mask, softcap):
     elif q.shape[2] < BLOCK and softcap is None:
         return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
     elif flash_4 and (mask.doc_ids is None or long()):
-        # causal: flash-attn 4 0.94 / 3.55, SDPA (cuDNN) 0.99 / 4.05, triton 1.12 / 4.45
-        # window 1024: 0.48 / 1.98, triton 0.55 / 2.27
-        # documents of 2048: 0.56 / 2.17, triton 0.66 / 2.75; [B, H, S, D] it copies, 0.7 ms
+        # causal: flash-attn 4 0.90 / 3.70, SDPA (cuDNN) 0.96 / 4.08, triton 1.23 / 4.66
+        # window 1024: 0.49 / 2.03, triton 0.59 / 2.40
+        # documents of 2048: 0.57 / 2.23, triton 0.65 / 2.68; [B, H, S, D] it copies, 0.7 ms
         return "flash_attn"
     if softcap is None and mask.plain:
         return "sdpa"
     if q.is_cuda and can("triton"):
-        # documents of 512: triton 0.23 / 0.87, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.23, varlen
-        # 0.47 / 1.71, SDPA with a dense mask 3.3 / 12.3
+        # documents of 512: triton 0.24 / 0.87, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.24, varlen
+        # 0.47 / 1.72, SDPA with a dense mask 3.3 / 12.3
         return "triton"
     if q.is_cuda and can("flex"):
         return "flex"
