@@ -34,6 +34,7 @@ Run on an H200 and on CPUs. On a T4 (sm_75) nothing was run: there `auto` takes 
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -51,6 +52,7 @@ import types
 import unittest
 import unittest.mock
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +89,9 @@ SDPA = {
 }
 BACKENDS = ("triton", "flex", "sdpa", *SDPA, "varlen", "flash_attn", "xformers", "reference")
 HALF = (torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 COMPILING = threading.RLock()  # torch 2.11 refuses compiled calls while another thread compiles
+KEEPING = threading.Lock()  # of what masks keep: threads may share one
 
 
 class Tiles(NamedTuple):
@@ -130,7 +134,7 @@ def _need(ok, name, found, need, error=ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys a query sees. Query i stands at key position i + offset; it sees key j if all hold:
+    """Which keys a query sees. Query i stands at position i + offset; it sees key j if all hold:
 
     causal: j <= i + offset.
     window: the distance is less than `window` (1: itself alone), to both sides if not causal.
@@ -140,8 +144,9 @@ class Mask:
         positions (decoding, chunked prefill). A static cache passes its own.
 
     A query that sees no key has output zero and passes no gradient. Keep one Mask per batch for all
-    layers: what it lowers to is kept in it. On a GPU the first use of doc_ids or padding waits once
-    for the device, to check them (not inside torch.compile).
+    layers: what it lowers to is kept in it, so do not write into its tensors afterwards. On a GPU
+    the first use of doc_ids or padding waits once for the device, to check them (not inside
+    torch.compile).
     """
 
     causal: bool = True
@@ -159,7 +164,7 @@ class Mask:
         if self.window is not None:
             ok = isinstance(self.window, int) and not isinstance(self.window, bool)
             _need(ok, "window", self.window, "an integer or None", TypeError)
-            _need(self.window >= 1, "window", self.window, "1 or more")
+            _need(1 <= self.window <= FAR, "window", self.window, f"1 or more (at most {FAR})")
         shapes = {"doc_ids": "[S_k] or [B, S_k]", "padding": "[B, S_k]"}
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -168,10 +173,17 @@ class Mask:
                 if name == "padding":
                     _need(value.dtype == torch.bool, name, value.dtype, "torch.bool", TypeError)
                 else:
-                    ok = not value.dtype.is_floating_point and value.dtype != torch.bool
-                    _need(ok, name, value.dtype, "an integer dtype", TypeError)
+                    _need(value.dtype in INTEGERS, name, value.dtype, "an integer dtype", TypeError)
                 ok = value.ndim == 2 or (value.ndim == 1 and name == "doc_ids")
                 _need(ok, name, value.shape, shape)
+        if isinstance(self.offset, Tensor):
+            ok = self.offset.dtype in INTEGERS and self.offset.ndim == 0
+            _need(
+                ok, "offset", (self.offset.dtype, self.offset.shape), "an integer or a 0-d tensor"
+            )
+        elif self.offset is not None:
+            ok = isinstance(self.offset, (int, torch.SymInt)) and not isinstance(self.offset, bool)
+            _need(ok, "offset", type(self.offset), "an integer or a 0-d tensor of one", TypeError)
         if not _tracing():
             _mark_dynamic(self.doc_ids, self.padding)
 
@@ -189,6 +201,8 @@ class Mask:
         """This mask on another device, what prepare() made included; made once for all layers
         there. accelerate calls this between the parts of a model that a device_map splits."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         lowered = [self._dense, *(self._blocks or ())]
         tensors = [self.doc_ids, self.padding, self.offset, *lowered]
         if all(t.device == device for t in tensors if isinstance(t, Tensor)):
@@ -198,8 +212,8 @@ class Mask:
             move = lambda t: t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t
             ids, real, offset, dense, *blocks = map(move, tensors)
             mask = replace(self, doc_ids=ids, padding=real, offset=offset)
-            if "facts" in self._memo:
-                mask._memo["facts"] = self._memo["facts"]
+            if FACTS in self._memo:
+                mask._memo[FACTS] = self._memo[FACTS]
             object.__setattr__(mask, "_dense", dense)
             object.__setattr__(mask, "_blocks", Blocks(*blocks) if blocks else None)
             object.__setattr__(mask, "_lengths", self._lengths)
@@ -211,11 +225,14 @@ class Mask:
     def prepare(self, q: Tensor, k: Tensor) -> "Mask":
         """This mask, checked and lowered for q and k [B, H, S, D] of these lengths, for use inside
         a torch.compile'd region: layers compiled one by one then share one block table."""
-        mask = _simplified(self, k.shape[2])
+        lengths = q.shape[2], k.shape[2]
+        if self._lengths == lengths or (self.plain and self._lengths is None):
+            return self
+        mask = _ready(self, q, k)
+        facts, mask = _facts(mask), replace(mask)
+        mask._memo[FACTS] = facts
+        object.__setattr__(mask, "_lengths", lengths)
         if not mask.plain:
-            facts, mask = _facts(mask), replace(mask)
-            mask._memo["facts"] = facts
-            object.__setattr__(mask, "_lengths", (q.shape[2], k.shape[2]))
             dense = not q.is_cuda or q.shape[2] < BLOCK or _unable_flex(q) is not None
             name, make = ("_dense", dense_mask) if dense else ("_blocks", _lower)
             object.__setattr__(mask, name, make(mask, q, k))
@@ -243,12 +260,21 @@ def _place(device):
 
 
 def _kept(memo, key, make, most=64):
-    """The value of `key`, made if it is new; the oldest leave."""
-    if key not in memo:
-        while len(memo) >= most:
-            memo.pop(next(iter(memo)))
-        memo[key] = make()
-    return memo[key]
+    """The value of `key`, a tuple, made if it is new; the oldest of its kind, key[0], leave."""
+    try:
+        return memo[key]
+    except KeyError:
+        value = make()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return value  # it is not there before the graph runs
+    with KEEPING:
+        alike = [other for other in memo if other[0] == key[0]]
+        for other in alike[: max(0, len(alike) + 1 - most)]:
+            del memo[other]
+        return memo.setdefault(key, value)
+
+
+FACTS = ("facts",)
 
 
 def _facts(mask):
@@ -256,8 +282,10 @@ def _facts(mask):
     has padding between its tokens, how often a document follows another in its row)."""
 
     def read():
-        ids, real, no = mask.doc_ids, mask.padding, torch.zeros((), dtype=torch.bool)
-        flags = [no, no, no, no]
+        ids, real = mask.doc_ids, mask.padding
+        if ids is real is None:
+            return [0, 0, 0, 0]
+        flags = [torch.zeros((), dtype=torch.bool, device="cpu")] * 4
         if ids is not None:
             flags[0] = (ids[..., 1:] < ids[..., :-1]).any()
             flags[3] = (ids[..., 1:] != ids[..., :-1]).sum()
@@ -270,15 +298,26 @@ def _facts(mask):
                 two = ids.expand(real.shape)
                 gap = gap & (two.gather(1, before.clamp(min=0)) == two)
             flags[1:3] = [~real.all(), gap.any()]
-        device = next((f.device for f in flags if f.device.type != "cpu"), no.device)
+        device = real.device if ids is None else ids.device
         return torch.stack([f.to(device, torch.int64) for f in flags]).tolist()
 
-    return _kept(mask._memo, "facts", read)
+    return _kept(mask._memo, FACTS, read)
 
 
-def _simplified(mask, k_len):
-    """The mask without what changes nothing; doc_ids checked for order."""
-    if mask.plain or mask._lengths is not None:  # prepare() has done it
+def _ready(mask, q, k):
+    """The mask without what changes nothing for q and k; doc_ids checked for order."""
+    if _tracing():
+        return mask
+    lengths, size = (q.shape[2], k.shape[2]), max(q.shape[2], k.shape[2])
+    if mask._lengths is not None:  # prepare() has done it
+        words = "{} queries and {} keys".format
+        ok = mask._lengths == lengths
+        _need(ok, "mask", "one prepared for " + words(*mask._lengths), words(*lengths))
+        made = mask._dense if mask._blocks is None else mask._blocks.lo
+        ok = made is None or made.device == q.device
+        _need(ok, "mask", f"one prepared on {getattr(made, 'device', None)}", f"{q.device} as q")
+        return mask
+    if mask.plain:
         return mask
 
     def make():
@@ -289,15 +328,15 @@ def _simplified(mask, k_len):
             changes["doc_ids"] = None
         if mask.padding is not None and not padded:
             changes["padding"] = None
-        if mask.window is not None and mask.window >= k_len:
+        if mask.window is not None and mask.window >= size:
             changes["window"] = None
         if not changes or mask.offset is not None:  # a cache's mask is of one kind for all tokens
-            return mask
+            return None  # (the mask itself would keep itself alive)
         simple = replace(mask, **changes)
-        simple._memo["facts"] = [0, padded, gaps, follow]
+        simple._memo[FACTS] = [0, padded, gaps, follow]
         return simple
 
-    return _kept(mask._memo, ("simple", k_len), make)
+    return _kept(mask._memo, ("simple", size), make) or mask
 
 
 def _check(q, k, v, mask, scale, softcap):
@@ -309,7 +348,9 @@ def _check(q, k, v, mask, scale, softcap):
         _need(t.dtype == q.dtype, name, t.dtype, f"{q.dtype} as q", TypeError)
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len = k.shape[1:3]
-    _need(q_len > 0 and k_len > 0 and batch > 0, "q", q.shape, "at least one token")
+    ok = batch > 0 and heads > 0 and q_len > 0 and dim > 0
+    _need(ok, "q", q.shape, "at least one token, head and value")
+    _need(k_len > 0, "k", k.shape, "at least one token")
     _need(k.shape[0] == batch and k.shape[3] == dim, "k", k.shape, (batch, kv_heads, k_len, dim))
     _need(v.shape == k.shape, "v", v.shape, tuple(k.shape))
     if kv_heads == 0 or heads % kv_heads:
@@ -328,8 +369,8 @@ def _check(q, k, v, mask, scale, softcap):
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None:
             ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _need(ok, name, value, "a number or None", TypeError)
-            _need(0 < value < math.inf, name, value, "more than 0")
+            _need(ok, name, type(value), "a number or None", TypeError)
+            _need(0 < value < math.inf, name, value, "a finite number, more than 0")
 
 
 def dense_mask(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
@@ -409,7 +450,7 @@ def _build(numbers, ids, real, q_size, k_size, causal):
     Queries past S_q repeat the last one: their outputs are cut off, and they keep blocks full."""
     q_len, k_len, offset, window = numbers
     at = torch.minimum(torch.arange(q_size, device=numbers.device), q_len - 1) + offset
-    inside, at = at.clamp(0, k_size - 1), at[None]
+    inside, at = torch.minimum(at, k_len - 1).clamp(min=0), at[None]
     lo, hi = (at - window + 1).clamp(min=0), at if causal else at + window - 1
     if ids is not None:
         first, last = _runs(ids)
@@ -467,7 +508,7 @@ def _blocks(
     real: Tensor | None,
     causal: bool,
 ) -> list[Tensor]:
-    """Blocks on like's device; an operator, so that a compiled caller neither inlines nor breaks."""
+    """Blocks on like's device; an operator: a compiled caller neither inlines it nor breaks."""
     full = functools.partial(torch.full, (), dtype=torch.int64, device=like.device)
     at = full(offset) if offset_tensor is None else offset_tensor.to(torch.int64).reshape(())
     numbers = torch.stack([full(q_len), full(k_len), at, full(window)])
@@ -525,7 +566,7 @@ def _lower(mask, q, k):
     if _tracing():
         return make()
     if mask.doc_ids is None and mask.padding is None and not isinstance(offset, Tensor):
-        key = (q_len, k_len, offset, mask.window, mask.causal, _place(device))
+        key = ("blocks", q_len, k_len, offset, mask.window, mask.causal, _place(device))
         return _kept(PLAIN, key, make, most=16)
     return _kept(mask._memo, ("blocks", q_len, k_len, _place(device)), make, most=8)
 
@@ -674,12 +715,13 @@ def _run_flex(q, k, v, mask, scale, softcap):
 # --------------------------------------------------------------------------------------------------
 # The same intervals in Triton kernels of our own, for Hopper
 #
-# Forward as in FlashAttention (arXiv 2205.14135). Backward in two kernels, one for dQ, one for dK and
-# dV, which both compute the scores: 7 products and not 5, but adding dQ up in memory took twice as
-# long (3.9 ms for the second kernel instead of 1.9). What they gain over FlexAttention's kernels: one
-# loop over all queries and all heads that share keys, so that its pipeline fills once; two programs
-# on a multiprocessor; loads by TMA, which bounds them too, so that no length needs padding; masks
-# only in blocks that need one. No atomics: the same bits every time.
+# Forward as in FlashAttention (arXiv 2205.14135). Backward in two kernels, one for dQ, one for dK
+# and dV, which both compute the scores: 7 products and not 5, but adding dQ up in memory took twice
+# as long (3.9 ms for the second kernel instead of 1.9). What they gain over FlexAttention: one loop
+# over all queries and all heads that share keys, so that its pipeline fills once; two programs on a
+# multiprocessor; loads by TMA, which bounds them too, so that no length needs padding; masks only
+# in blocks that need one. No atomics: the same bits every time. All three take the same numbers and
+# constants, used or not.
 
 
 SPAN = tl.constexpr(NEAR)
@@ -720,8 +762,8 @@ def _forward_kernel(q_desc, out_desc, k_desc, v_desc, lse_ptr, lo_ptr, hi_ptr, r
                     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
                     CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):
-    # out and the logsumexp of the scores (base 2) for M queries of a head. A score is `factor` (with
-    # log2(e) in it) times q k^T, or times tanh(inner q k^T).
+    # out and the logsumexp of the scores (base 2) for M queries of a head. A score is `factor` (it
+    # has log2(e) in it) times q k^T, or times tanh(inner q k^T).
     b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     block = tl.program_id(1)
     if CAUSAL:  # the longest first
@@ -932,8 +974,8 @@ KERNELS = {}  # compiled, by all that they are compiled for
 
 
 def _launch(kernel, tiles, programs, by_query, by_key, more, numbers, flags):
-    """Run a kernel with `tiles`. programs: how many, by block and head; by_query, by_key: what goes
-    by descriptor, in blocks of tiles' queries and keys; more, numbers, flags: its other arguments."""
+    """Run a kernel with `tiles`. programs: how many, by head and block; by_query, by_key: what goes
+    by descriptor, in blocks of tiles' queries and keys; then its other arguments."""
     m, n, warps, stages = tiles
     wide = flags[2]
     args = [_descriptor(t, [1, 1, m, wide]) for t in by_query]
@@ -947,13 +989,21 @@ def _launch(kernel, tiles, programs, by_query, by_key, more, numbers, flags):
         KERNELS[key] = kernel[programs](*args, num_warps=warps, num_stages=stages)
 
 
+def _pitch(q, k):
+    """Of a sequence's row of Blocks.lo and its like."""
+    return max(_padded_size(q.shape[2]), _padded_size(k.shape[2]))
+
+
 def _arguments(q, k, lo, hi, real, queries, scale, softcap):
     """What all kernels take after their descriptors: (the mask, numbers), and their constants."""
-    heads, q_len, dim = q.shape[1:]
+    batch, heads, q_len, dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     real = None if real is None or real.numel() == 0 else real.view(torch.uint8)
-    size = max(_padded_size(q_len), _padded_size(k_len))
-    pitch = 0 if lo is None or lo.numel() <= size else size  # of rows per sequence, if it has some
+    pitch = 0
+    if lo is not None:
+        shared, each = lo.numel() == _pitch(q, k), lo.numel() == batch * _pitch(q, k)
+        _need(shared or each, "mask", "one for other lengths", f"{q_len} queries and {k_len} keys")
+        pitch = 0 if shared else _pitch(q, k)
     scale = float(scale)  # (an integer would be compiled for)
     factor, inner = scale * LOG2E, 1.0
     if softcap is not None:
@@ -970,25 +1020,27 @@ def _run_forward(q, k, v, lo, hi, real, scale, softcap):
     tiles = _plan(q.shape[3], lo is None).forward
     programs = q.shape[0] * q.shape[1], -(-q.shape[2] // tiles[0]), 1
     arguments = _arguments(q, k, lo, hi, real, None, scale, softcap)
-    _launch(_forward_kernel, tiles, programs, (q, out), (k, v), (lse,), *arguments)
+    with torch.cuda.device_of(q):
+        _launch(_forward_kernel, tiles, programs, (q, out), (k, v), (lse,), *arguments)
     return out, lse
 
 
 def _run_backward(dout, q, k, v, out, lse, lo, hi, real, queries, scale, softcap):
     dq, dk, dv = grads = tuple(map(_same_order, (q, k, v)))
     dout, out, q, k, v = map(_for_tma, (dout, out, q, k, v))
-    plan = _plan(q.shape[3], lo is None)
+    dq_tiles, dkv_tiles = _plan(q.shape[3], lo is None)[1:]
     rows = lse, torch.empty_like(lse)
-    arguments = _arguments(q, k, lo, hi, real, queries, scale, softcap)
-    programs = q.shape[0] * q.shape[1], -(-q.shape[2] // plan.dq[0]), 1
-    _launch(_dq_kernel, plan.dq, programs, (q, out, dout, dq), (k, v), rows, *arguments)
-    (lo, hi, *numbers), flags = arguments
-    size = max(_padded_size(q.shape[2]), _padded_size(k.shape[2]))
-    rows = [t.view(-1, t.shape[2]) for t in rows]
-    rows += [None if t is None else t.view(-1, size) for t in (lo, hi)]
-    rows = [None if t is None else _descriptor(t, [1, plan.dkv[0]]) for t in rows]
-    programs = k.shape[0] * k.shape[1], -(-k.shape[2] // plan.dkv[1]), 1
-    _launch(_dkv_kernel, plan.dkv, programs, (q, dout), (k, v, dk, dv), rows, numbers, flags)
+    numbers, flags = _arguments(q, k, lo, hi, real, queries, scale, softcap)
+    views = [t.view(-1, lse.shape[2]) for t in rows]
+    views += [None if t is None else t.view(-1, _pitch(q, k)) for t in (lo, hi)]
+    views = [None if t is None else _descriptor(t, [1, dkv_tiles[0]]) for t in views]
+    by_query = q.shape[0] * q.shape[1], -(-q.shape[2] // dq_tiles[0]), 1
+    by_key = k.shape[0] * k.shape[1], -(-k.shape[2] // dkv_tiles[1]), 1
+    with torch.cuda.device_of(q):
+        ends = (q, out, dout, dq), (k, v)
+        _launch(_dq_kernel, dq_tiles, by_query, *ends, rows, numbers, flags)
+        ends = (q, dout), (k, v, dk, dv)  # lo and hi, the first of the numbers, go by descriptor
+        _launch(_dkv_kernel, dkv_tiles, by_key, *ends, views, numbers[2:], flags)
     return grads
 
 
@@ -1006,8 +1058,7 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, S_q, D], logsumexp as _lse_like) with Blocks' parts, or, all
     None, causal. An operator, so that a compiled caller takes it as it is."""
-    with torch.cuda.device(q.device):
-        return _run_forward(q, k, v, lo, hi, real, scale, softcap)
+    return _run_forward(q, k, v, lo, hi, real, scale, softcap)
 
 
 @_triton_forward.register_fake
@@ -1030,8 +1081,7 @@ def _triton_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.cuda.device(q.device):
-        return _run_backward(dout, q, k, v, out, lse, lo, hi, real, queries, scale, softcap)
+    return _run_backward(dout, q, k, v, out, lse, lo, hi, real, queries, scale, softcap)
 
 
 @_triton_backward.register_fake
@@ -1046,6 +1096,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _, run=_triton_backward):
+    if dout is None:  # a later function had no gradient to give
+        return (None,) * 9
     grads = run(dout, *ctx.saved_tensors, ctx.scale, ctx.softcap)
     return *grads, None, None, None, None, None, None
 
@@ -1059,23 +1111,20 @@ class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         q, k, v, lo, hi, real, _, scale, softcap = inputs
-        with torch.cuda.device(q.device):
-            output = _run_forward(q, k, v, lo, hi, real, scale, softcap)
+        output = _run_forward(q, k, v, lo, hi, real, scale, softcap)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        with torch.cuda.device(dout.device):
-            return _backward(ctx, dout, None, _run_backward)
+        return _backward(ctx, dout, None, _run_backward)
 
 
 def _run_triton(q, k, v, mask, scale, softcap):
     lo = hi = real = queries = None
     if _kind(mask, q, k) == "rows":
         lo, hi, real, _, _, queries = _lower(mask, q, k)
-        real = None if mask.padding is None else real
     if _tracing():  # a number that came as an argument is a symbol there
         scale, softcap = guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
         return _triton_forward(q, k, v, lo, hi, real, queries, scale, softcap)[0]
@@ -1087,7 +1136,7 @@ def _run_triton(q, k, v, mask, scale, softcap):
 
 
 class Segments(NamedTuple):
-    """A batch as one row of tokens: documents or sequences one after the other, padding left out."""
+    """A batch as one row of tokens: documents or sequences one after another, no padding."""
 
     q_lens: list[int]
     k_lens: list[int]
@@ -1281,8 +1330,8 @@ def _run_sdpa(q, k, v, mask, scale, softcap, kernel=None):
             dense = dense | empty
     kernels = [SDPA[kernel]] if kernel else []
     if q.is_cuda and dense is not None and not kernel:
-        # cuDNN's gradients with a mask are wrong by a third inside torch.compile (torch 2.11, H200),
-        # and NaN at lengths of 128 n + 64 (pytorch issue 196678)
+        # cuDNN's gradients with a mask are wrong by a third inside torch.compile (torch 2.11 on an
+        # H200), and NaN at lengths of 128 n + 64 (pytorch issue 196678)
         kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     # memory-efficient takes no grouped heads; before sm_80 it is what torch chooses
     efficient = SDPBackend.EFFICIENT_ATTENTION in kernels
@@ -1340,7 +1389,7 @@ def _unable_triton(q):
 
 
 def _unable_sdpa(name, q, k, v, mask):
-    if name == "sdpa" or (name == "sdpa_math" and q.device.type in ("cpu", "cuda")):
+    if name in ("sdpa", "sdpa_math"):
         return None
     if not q.is_cuda:
         return f"{name} names a CUDA kernel, the tensors are on {q.device}"
@@ -1373,7 +1422,7 @@ def _need_backend(backend, auto=True):
 
 
 def _autocasted(q, k, v):
-    """The three as autocast hands them to SDPA (of its dtype, float64 as it is); None: it is off."""
+    """The three as autocast hands them to SDPA (of its dtype, but float64); None: it is off."""
     kind = q.device.type if isinstance(q, Tensor) else "none"
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
@@ -1385,19 +1434,22 @@ def _autocasted(q, k, v):
 def supports(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float | None = None
 ) -> str | None:
-    """None if `backend` can run this, forward and (where an input requires gradients) backward; else
-    the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
+    """None if `backend` can run this, forward and (where an input requires gradients) backward;
+    else the reason. q [B, H, S_q, D], k and v [B, H_kv, S_k, D]. Raises ValueError or TypeError for
     inputs that no backend takes."""
     _need_backend(backend, auto=False)
     q, k, v = _autocasted(q, k, v) or (q, k, v)
     _check(q, k, v, mask, None, softcap)
-    return _unable(backend, q, k, v, mask if _tracing() else _simplified(mask, k.shape[2]), softcap)
+    return _unable(backend, q, k, v, _ready(mask, q, k), softcap)
 
 
 def _unable(backend, q, k, v, mask, softcap):
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "reference":
         return None
+    ours = backend in ("triton", "flex")
+    if ours and not _tracing() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need SDPA"
     if backend == "triton":
         return _unable_triton(q)
     if backend == "flex":
@@ -1463,7 +1515,7 @@ def _choose(q, k, v, mask, softcap):
         # window 1024: 0.49 / 2.03, triton 0.59 / 2.40
         # documents of 2048: 0.57 / 2.23, triton 0.65 / 2.68; [B, H, S, D] it copies, 0.7 ms
         return "flash_attn"
-    if softcap is None and mask.plain:
+    if softcap is None and mask.plain and not _needs_dense(q, k, mask):
         return "sdpa"
     if q.is_cuda and can("triton"):
         # documents of 512: triton 0.24 / 0.87, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.24, varlen
@@ -1473,10 +1525,12 @@ def _choose(q, k, v, mask, softcap):
         return "flex"
     if softcap is None:
         if not _tracing():
-            _say("no FlexAttention here: SDPA with a dense mask takes its place")
+            reason = _unable("flex", q, k, v, mask, softcap)
+            _say(f"FlexAttention cannot run this ({reason}): SDPA with a dense mask does")
         return "sdpa"
     if not _tracing():
-        _say("softcap without FlexAttention: the plain reference runs, all scores in memory")
+        reason = _unable("flex", q, k, v, mask, softcap)
+        _say(f"FlexAttention cannot run this ({reason}), SDPA no softcap: the plain reference does")
     return "reference"
 
 
@@ -1508,11 +1562,7 @@ def attention(
         # heads and head sizes are constants of a graph, where q and k are its inputs too
         for t in (q, k):
             guard_scalar(t.shape[1]), guard_scalar(t.shape[3])
-    else:
-        mask, lengths = _simplified(mask, k.shape[2]), (q.shape[2], k.shape[2])
-        if mask._lengths not in (None, lengths):
-            words = "{} queries and {} keys".format
-            _need(False, "mask", "one prepared for " + words(*mask._lengths), words(*lengths))
+    mask = _ready(mask, q, k)
     _need_backend(backend)
     if backend == "auto":
         backend = _choose(q, k, v, mask, softcap)
@@ -1665,7 +1715,7 @@ def tune(
     _need(
         reason is None and q.is_cuda, "tune", reason or f"tensors on {q.device}", "a GPU with flex"
     )
-    mask = _simplified(mask, k.shape[2])
+    mask = _ready(mask, q, k)
     key = capability, size, kind = _tiles_key(_kind(mask, q, k), q.shape[3], q.device, softcap)
     words = f"{torch.cuda.get_device_name(q.device)} {size} {kind}"
     known = json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
@@ -1844,8 +1894,9 @@ def test_the_definition():
 def test_blocks_equal_the_definition():
     """Intervals exactly; tables as create_block_mask makes them, but for padding, where a block may
     count as partial that holds nothing or everything."""
-    for kind, (q_len, k_len) in itertools.product(KINDS, ((300, 300), (512, 512), (130, 700))):
-        mask = _some_mask(kind, 2, q_len, k_len, "cpu", seed=q_len)
+    sizes = (300, 300, None), (512, 512, None), (130, 700, None), (150, 180, 40)  # past the keys
+    for kind, (q_len, k_len, offset) in itertools.product(KINDS, sizes):
+        mask = replace(_some_mask(kind, 2, q_len, k_len, "cpu", seed=q_len), offset=offset)
         q, k = torch.empty(2, 1, q_len, 8), torch.empty(2, 1, k_len, 8)
         with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
             lo, hi, real, pitch, tables, queries = _lower(mask, q, k)
@@ -1904,10 +1955,89 @@ def test_sdpa_and_reference_equal_float64():
     inputs = _qkv(1, 2, 2, 9, 4, 16, torch.float32, "cpu")  # more queries than keys
     for mask, backend in itertools.product((Mask(), Mask(window=2)), ("sdpa", "reference")):
         _compare(backend, inputs, mask)
+    mask = Mask(causal=False, window=4)
+    for backend in ("sdpa", "reference"):
+        _compare(backend, inputs, mask)
+    # positions past the last key are as the last one
+    inputs = _qkv(2, 2, 1, 9, 12, 16, torch.float32, "cpu")
+    for kind, backend in itertools.product(("documents", "padding inside"), ("sdpa", "reference")):
+        _compare(backend, inputs, replace(_some_mask(kind, 2, 9, 12, "cpu"), offset=6))
     # a static cache: 7 of 12 keys are there
     inputs = _qkv(1, 2, 1, 3, 12, 16, torch.float32, "cpu")
     for offset, backend in itertools.product((4, torch.tensor(4)), ("sdpa", "reference")):
         _compare(backend, inputs, Mask(offset=offset))
+
+
+def test_a_prepared_mask_keeps_what_it_is():
+    like = lambda size: (torch.empty(2, 1, size, 16), torch.empty(2, 1, size, 16))
+    real = torch.ones(2, 20, dtype=torch.bool)
+    for mask in (Mask(window=200), Mask(doc_ids=torch.zeros(20).int()), Mask(padding=real)):
+        made = mask.prepare(*like(20))
+        assert made.plain and made.prepare(*like(20)) is made
+        for call in (
+            lambda m: m.prepare(*like(30)),
+            lambda m: attention(*_qkv(2, 1, 1, 30, 30, 16, torch.float32, "cpu"), mask=m),
+            lambda m: supports("sdpa", *_qkv(2, 1, 1, 30, 30, 16, torch.float32, "cpu"), m),
+        ):
+            _refused(functools.partial(call, made), "mask", "20 queries and 20 keys")
+    made = Mask(window=5).prepare(*like(20))
+    assert made.window == 5 and made.prepare(*like(20)) is made
+    meta = [t.to("meta") for t in _qkv(2, 1, 1, 20, 20, 16, torch.float32, "cpu")]
+    _refused(lambda: attention(*meta, mask=made), "mask", "cpu", "meta")
+
+
+def test_masks_let_go_of_their_memory():
+    """No mask keeps itself alive, and of each kind of what it keeps the oldest leave."""
+    ids = torch.arange(40) // 9
+    gc.collect()
+    gc.disable()
+    try:
+        for given in ({"doc_ids": ids}, {"window": 3}, {"doc_ids": ids, "window": 50}):
+            mask = Mask(**given)
+            alive = weakref.ref(mask)
+            attention(*_qkv(1, 1, 1, 40, 40, 16, torch.float32, "cpu"), mask=mask)
+            del mask
+            assert alive() is None
+    finally:
+        gc.enable()
+    mask = Mask(window=5, offset=0)
+    for _ in range(3):
+        for size in (20, 30, 40, 50):
+            attention(*_qkv(1, 1, 1, size, size, 16, torch.float32, "cpu"), mask=mask)
+    kinds = [key[0] for key in mask._memo]
+    assert kinds.count("dense") == 2 and kinds.count("simple") == 4 and FACTS in mask._memo
+    memo = {}
+
+    def fill(_):
+        for i in range(3000):
+            key = ("some", i % 7)
+            assert _kept(memo, key, lambda key=key: key, most=3) == key
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(fill, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(memo) == 3
+
+
+def test_torch_func_and_fake_tensors():
+    q, k, v = _qkv(1, 2, 1, 30, 30, 16, torch.float64, "cpu", grad=False)
+    mask = Mask(window=7)
+
+    def loss(q, backend="auto"):
+        assert supports("flex", q, k, v, mask) == "torch.func transforms need SDPA"
+        return attention(q, k, v, mask=mask, backend=backend).square().sum()
+
+    want = torch.autograd.functional.jacobian(
+        lambda q: attention(q, k, v, mask=mask, backend="reference").square().sum(), q
+    )
+    assert_close(torch.func.grad(loss)(q), want)
+    with torch._subclasses.FakeTensorMode():
+        fake = _qkv(1, 2, 1, 30, 30, 16, torch.float16, "cpu")
+        assert attention(*fake, mask=Mask(window=9)).shape == (1, 2, 30, 16)
 
 
 def _count_graphs():
@@ -1945,9 +2075,8 @@ def test_few_graphs_for_all_lengths():
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for kind, (turn, size) in itertools.product(kinds, enumerate(LENGTHS)):
             mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, device, turn)
-            mask = _simplified(mask, size)
             inputs = _qkv(2, 2, 1, size, size, dim, dtype, device, device == "cuda")
-            _lower(mask, *inputs[:2])
+            _lower(_ready(mask, *inputs[:2]), *inputs[:2])
             before = _count_graphs()
             softcap = 20.0 if kind == "softcap" else None
             out = attention(*inputs, mask=mask, softcap=softcap, backend="flex")
@@ -2234,15 +2363,23 @@ def test_bad_input_is_refused_in_one_line():
     _refused(run(q[:, :3], k, v), "2 heads", "divides q's 3")
     _refused(run(q[0], k, v), "[B, H, S, D]")
     _refused(run(q[:, :, :0], k, v), "at least one token")
+    _refused(run(q[..., :0], k[..., :0], v[..., :0]), "q: found shape [2, 4, 8, 0]", "value")
+    _refused(run(q, k[:, :, :0], v[:, :, :0]), "k: found shape", "at least one token")
     _refused(run(q, k.double(), v), "float32 as q", error=TypeError)
     _refused(run(q.long(), k, v), "floating", error=TypeError)
     _refused(run(window=0), "window: found 0", "1 or more")
     _refused(run(window=2.5), "an integer", error=TypeError)
+    _refused(run(window=2**70), "window", "at most")
+    for offset in (2.5, True, "a"):
+        _refused(run(offset=offset), "offset", "0-d tensor", error=TypeError)
+    for offset in (torch.tensor(4.5), torch.tensor([4, 5])):
+        _refused(run(offset=offset), "offset", "0-d tensor")
     _refused(run(causal=1), "causal", error=TypeError)
     ids = torch.tensor([0, 0, 1, 1, 1, 0, 2, 2])
     _refused(run(doc_ids=ids), "doc_ids", "non-decreasing")
     _refused(run(doc_ids=ids[:4]), "doc_ids: found shape [4]", "shape [8]")
-    _refused(run(doc_ids=ids.float()), "integer", error=TypeError)
+    for dtype in (torch.float32, torch.uint16, torch.complex64):
+        _refused(run(doc_ids=ids.to(dtype)), "integer", error=TypeError)
     _refused(run(padding=torch.ones(2, 7, dtype=torch.bool)), "padding", "[2, 8]")
     _refused(run(padding=torch.ones(2, 8)), "torch.bool", error=TypeError)
     _refused(run(q, k[:, :, :4], v[:, :, :4], doc_ids=ids[:4].sort().values), "at most the 4 keys")
@@ -2268,13 +2405,14 @@ def test_bad_input_is_refused_in_one_line():
     _refused(lambda: register(backend="flax"), "'flax'")
 
 
-def _stand_ins(dim=64, size=300, inside=True, grad=True, dtype=torch.float16):
+def _stand_ins(dim=64, size=300, k_len=None, inside=True, grad=True, dtype=torch.float16):
     """What the choice of a backend asks of q, k and v on a GPU; no GPU is needed for it."""
     strides = (3, 1, 2, 0) if inside else (3, 2, 1, 0)
     device = torch.device("cuda", 0)
     given = {"is_cuda": True, "requires_grad": grad, "dtype": dtype, "device": device}
-    given |= {"shape": (2, 4, size, dim), "stride": strides.__getitem__}
-    return (types.SimpleNamespace(**given) for _ in range(3))
+    given["stride"] = strides.__getitem__
+    lengths = size, k_len or size, k_len or size
+    return (types.SimpleNamespace(**given, shape=(2, 4, length, dim)) for length in lengths)
 
 
 def test_auto_on_hopper():
@@ -2298,6 +2436,8 @@ def test_auto_on_hopper():
         (Mask(padding=real), None, {}, "triton", "triton"),
         (Mask(), 30.0, {"dim": 256}, "flash_attn", "triton"),
         (Mask(), 30.0, {"size": 100}, "triton", "triton"),
+        (Mask(), None, {"k_len": 900}, "flash_attn", "triton"),
+        (Mask(causal=False), None, {"k_len": 900}, "sdpa", "sdpa"),
     ]
     with unittest.mock.patch(__name__ + "._capability", return_value=(9, 0)):
         for version in (4, 2, 0):
@@ -2517,7 +2657,8 @@ def test_compiled_decoding_with_a_static_cache():
     from transformers.generation import CompileConfig
 
     full = Mask(padding=torch.ones(2, 9, dtype=torch.bool), offset=torch.tensor(8))
-    assert _simplified(full, 9) is full  # or the token that fills the cache would be compiled anew
+    like = torch.empty(2, 1, 1, 16), torch.empty(2, 1, 9, 16)
+    assert _ready(full, *like) is full  # or the token that fills the cache would be compiled anew
     register()
     device = _device()
     how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
@@ -2865,8 +3006,8 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
         rates = flop / a / 1e9, 3.5 * flop / b / 1e9
         ratio = times["both"]["torch's flex"] / b
         print(
-            f"  {name:17} forward {a:7.3f} ms {rates[0]:4.0f} TFLOP/s | forward+backward {b:7.3f} ms "
-            f"{rates[1]:4.0f} TFLOP/s | {ratio:5.2f}x torch's flex",
+            f"  {name:17} forward {a:7.3f} ms {rates[0]:4.0f} TFLOP/s | forward+backward {b:7.3f} "
+            f"ms {rates[1]:4.0f} TFLOP/s | {ratio:5.2f}x torch's flex",
             flush=True,
         )
     results[f"{words} {shape} {layout}"] = times | {"flop": flop, "auto": chosen}
@@ -2924,8 +3065,8 @@ def _bench_graphs(results):
         slow = sum(s for s in seconds if s > 0.3)
         usual = statistics.median(seconds) * 1e3
         print(
-            f"{len(LENGTHS)} lengths, {backend}, {kind}: {made} new graphs (block tables among them), "
-            f"{slow:.1f} s in calls that compiled, median call {usual:.2f} ms",
+            f"{len(LENGTHS)} lengths, {backend}, {kind}: {made} new graphs (block tables among "
+            f"them), {slow:.1f} s in calls that compiled, median call {usual:.2f} ms",
             flush=True,
         )
         results[f"graphs {backend} {kind}"] = {"graphs": made, "compile_s": slow, "call_ms": usual}
