@@ -2009,7 +2009,7 @@ def test_masks_let_go_of_their_memory():
     memo = {}
 
     def fill(_):
-        for i in range(3000):
+        for i in range(20000):
             key = ("some", i % 7)
             assert _kept(memo, key, lambda key=key: key, most=3) == key
 
