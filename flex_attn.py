@@ -2940,11 +2940,14 @@ def _wall_ms(run):
     return (time.perf_counter() - start) * 1e3
 
 
+ORDER = random.Random(0)
+
+
 def _turns(runs, turns=5, time_ms=40):
     """Median ms of each, in shuffled turns: a chip's heat and clock then hit all alike."""
     times = {name: [] for name in runs}
-    for turn in range(turns):
-        for name in random.Random(turn).sample(list(runs), len(runs)):
+    for _ in range(turns):
+        for name in ORDER.sample(list(runs), len(runs)):
             times[name].append(do_bench(runs[name], 10, time_ms, return_mode="median"))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
