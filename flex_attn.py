@@ -644,6 +644,17 @@ def _capability(index):
     return torch.cuda.get_device_capability(index)
 
 
+def _wants_grad(q, k, v):
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _numbers(scale, softcap):
+    """As constants: a number that came as an argument is a symbol in a traced caller."""
+    if not _tracing():
+        return scale, softcap
+    return guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
+
+
 def _kind(mask, q, k):
     """Which of the two masks of FlexAttention: without data, or rows of data."""
     plain = mask.causal and mask.plain and q.shape[2] == k.shape[2]
@@ -693,8 +704,7 @@ def _run_flex(q, k, v, mask, scale, softcap):
     padded = mask.padding is not None
     per_row = padded or (mask.doc_ids is not None and mask.doc_ids.ndim == 2)
     per_row = per_row and q.shape[0] > 1
-    if _tracing():  # a number that came as an argument is a symbol there
-        scale, softcap = guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
+    scale, softcap = _numbers(scale, softcap)
     constants = (kind, scale, softcap, options, inside, per_row, padded)
     if _tracing():
         out = _flex(q, k, v, blocks, **dict(zip(FLEX_CONSTANTS, constants, strict=True)))
@@ -702,8 +712,8 @@ def _run_flex(q, k, v, mask, scale, softcap):
         for t in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(t, (0, axis))
         name = f"flex_{kind}" + "_padded" * padded + "_softcap" * (softcap is not None)
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         heads = q.shape[3 - axis], k.shape[3 - axis], dim
+        grad = _wants_grad(q, k, v)
         variant = (q.dtype, q.device, heads, grad, q.shape[0] == 1, q_len == k_len)
         with COMPILING:
             out = _compiled_flex(name, *constants, *variant)(q, k, v, blocks)
@@ -746,6 +756,21 @@ def _sees(keys, rows, low, high, real_ptr, CAUSAL: tl.constexpr, PADDED: tl.cons
 
 
 @triton.jit
+def _queries(lo_ptr, hi_ptr, pitch, HEADS: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr):
+    """The M queries of a program: sequence, head, the first, all, the keys they see from and to."""
+    b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    block = tl.program_id(1)
+    if CAUSAL:  # the longest first
+        block = tl.num_programs(1) - 1 - block
+    m0 = block * M
+    rows = m0 + tl.arange(0, M)
+    low, high = rows, rows
+    if not CAUSAL:
+        low, high = tl.load(lo_ptr + b * pitch + rows), tl.load(hi_ptr + b * pitch + rows)
+    return b, h, m0, rows, low, high
+
+
+@triton.jit
 def _blocks_of_keys(m0, low, high, q_len, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):
     """The blocks of N keys that rows m0 to m0 + M see: the first, how many, the keys all see."""
     if CAUSAL:
@@ -764,15 +789,7 @@ def _forward_kernel(q_desc, out_desc, k_desc, v_desc, lse_ptr, lo_ptr, hi_ptr, r
                     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):
     # out and the logsumexp of the scores (base 2) for M queries of a head. A score is `factor` (it
     # has log2(e) in it) times q k^T, or times tanh(inner q k^T).
-    b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    block = tl.program_id(1)
-    if CAUSAL:  # the longest first
-        block = tl.num_programs(1) - 1 - block
-    m0 = block * M
-    rows = m0 + tl.arange(0, M)
-    low, high = rows, rows
-    if not CAUSAL:
-        low, high = tl.load(lo_ptr + b * pitch + rows), tl.load(hi_ptr + b * pitch + rows)
+    b, h, m0, rows, low, high = _queries(lo_ptr, hi_ptr, pitch, HEADS, M, CAUSAL)
     if PADDED:
         real_ptr += b * pitch
     first, count, some, every = _blocks_of_keys(m0, low, high, q_len, M, N, CAUSAL)
@@ -814,15 +831,7 @@ def _dq_kernel(q_desc, out_desc, dout_desc, dq_desc, k_desc, v_desc, lse_ptr, de
                CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
                M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):
     # dq for M queries of a head, and delta = sum(out * dout) for the other kernel.
-    b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    block = tl.program_id(1)
-    if CAUSAL:
-        block = tl.num_programs(1) - 1 - block
-    m0 = block * M
-    rows = m0 + tl.arange(0, M)
-    low, high = rows, rows
-    if not CAUSAL:
-        low, high = tl.load(lo_ptr + b * pitch + rows), tl.load(hi_ptr + b * pitch + rows)
+    b, h, m0, rows, low, high = _queries(lo_ptr, hi_ptr, pitch, HEADS, M, CAUSAL)
     if PADDED:
         real_ptr += b * pitch
     first, count, some, every = _blocks_of_keys(m0, low, high, q_len, M, N, CAUSAL)
@@ -953,8 +962,8 @@ def _for_tma(t):
 
 
 def _descriptor(t, block):
-    """TMA's view of t [B, H, S, D] in blocks [1, 1, rows, D], zeros past the ends. Made without
-    TensorDescriptor's own checks, which _for_tma has done: they take 4 of 6 us."""
+    """TMA's view of t in blocks of that shape, zeros past the ends. Made without TensorDescriptor's
+    own checks, which _for_tma has done: they take 4 of 6 us."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides, made.block_shape = t, t.shape, t.stride(), block
     return made
@@ -989,9 +998,9 @@ def _launch(kernel, tiles, programs, by_query, by_key, more, numbers, flags):
         KERNELS[key] = kernel[programs](*args, num_warps=warps, num_stages=stages)
 
 
-def _pitch(q, k):
-    """Of a sequence's row of Blocks.lo and its like."""
-    return max(_padded_size(q.shape[2]), _padded_size(k.shape[2]))
+def _programs(t, rows):
+    """One for each `rows` positions of each head of t [B, H, S, D]."""
+    return t.shape[0] * t.shape[1], -(-t.shape[2] // rows), 1
 
 
 def _arguments(q, k, lo, hi, real, queries, scale, softcap):
@@ -999,11 +1008,13 @@ def _arguments(q, k, lo, hi, real, queries, scale, softcap):
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     real = None if real is None or real.numel() == 0 else real.view(torch.uint8)
-    pitch = 0
+    pitch = 0  # of a sequence's row in lo and its like, if each has one
     if lo is not None:
-        shared, each = lo.numel() == _pitch(q, k), lo.numel() == batch * _pitch(q, k)
-        _need(shared or each, "mask", "one for other lengths", f"{q_len} queries and {k_len} keys")
-        pitch = 0 if shared else _pitch(q, k)
+        size = max(_padded_size(q_len), _padded_size(k_len))
+        ok = lo.numel() in (size, batch * size)
+        _need(ok, "mask", "one for other lengths", f"{q_len} queries and {k_len} keys")
+        lo, hi = lo.view(-1, size), hi.view(-1, size)
+        pitch = 0 if lo.shape[0] == 1 else size
     scale = float(scale)  # (an integer would be compiled for)
     factor, inner = scale * LOG2E, 1.0
     if softcap is not None:
@@ -1018,10 +1029,10 @@ def _run_forward(q, k, v, lo, hi, real, scale, softcap):
     out, lse = _same_order(q), _lse_like(q)
     q, k, v = map(_for_tma, (q, k, v))
     tiles = _plan(q.shape[3], lo is None).forward
-    programs = q.shape[0] * q.shape[1], -(-q.shape[2] // tiles[0]), 1
     arguments = _arguments(q, k, lo, hi, real, None, scale, softcap)
+    by_query = _programs(q, tiles[0])
     with torch.cuda.device_of(q):
-        _launch(_forward_kernel, tiles, programs, (q, out), (k, v), (lse,), *arguments)
+        _launch(_forward_kernel, tiles, by_query, (q, out), (k, v), (lse,), *arguments)
     return out, lse
 
 
@@ -1029,13 +1040,10 @@ def _run_backward(dout, q, k, v, out, lse, lo, hi, real, queries, scale, softcap
     dq, dk, dv = grads = tuple(map(_same_order, (q, k, v)))
     dout, out, q, k, v = map(_for_tma, (dout, out, q, k, v))
     dq_tiles, dkv_tiles = _plan(q.shape[3], lo is None)[1:]
-    rows = lse, torch.empty_like(lse)
     numbers, flags = _arguments(q, k, lo, hi, real, queries, scale, softcap)
-    views = [t.view(-1, lse.shape[2]) for t in rows]
-    views += [None if t is None else t.view(-1, _pitch(q, k)) for t in (lo, hi)]
-    views = [None if t is None else _descriptor(t, [1, dkv_tiles[0]]) for t in views]
-    by_query = q.shape[0] * q.shape[1], -(-q.shape[2] // dq_tiles[0]), 1
-    by_key = k.shape[0] * k.shape[1], -(-k.shape[2] // dkv_tiles[1]), 1
+    rows = [t.view(-1, lse.shape[2]) for t in (lse, torch.empty_like(lse))]
+    views = [t if t is None else _descriptor(t, [1, dkv_tiles[0]]) for t in (*rows, *numbers[:2])]
+    by_query, by_key = _programs(q, dq_tiles[0]), _programs(k, dkv_tiles[1])
     with torch.cuda.device_of(q):
         ends = (q, out, dout, dq), (k, v)
         _launch(_dq_kernel, dq_tiles, by_query, *ends, rows, numbers, flags)
@@ -1056,8 +1064,8 @@ def _triton_forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, S_q, D], logsumexp as _lse_like) with Blocks' parts, or, all
-    None, causal. An operator, so that a compiled caller takes it as it is."""
+    """(out [B, H, S_q, D], logsumexp as _lse_like) with Blocks' parts, or, all None, causal. An
+    operator, so that a compiled caller takes it as it is."""
     return _run_forward(q, k, v, lo, hi, real, scale, softcap)
 
 
@@ -1125,10 +1133,8 @@ def _run_triton(q, k, v, mask, scale, softcap):
     lo = hi = real = queries = None
     if _kind(mask, q, k) == "rows":
         lo, hi, real, _, _, queries = _lower(mask, q, k)
-    if _tracing():  # a number that came as an argument is a symbol there
-        scale, softcap = guard_scalar(scale), None if softcap is None else guard_scalar(softcap)
-        return _triton_forward(q, k, v, lo, hi, real, queries, scale, softcap)[0]
-    return _Triton.apply(q, k, v, lo, hi, real, queries, scale, softcap)
+    given = q, k, v, lo, hi, real, queries, *_numbers(scale, softcap)
+    return _triton_forward(*given)[0] if _tracing() else _Triton.apply(*given)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1377,9 +1383,15 @@ def _unable_flex(q):
     return None if 16 <= q.shape[3] <= 256 else f"head size {q.shape[3]}, not 16 to 256"
 
 
+def _unable_half(q):
+    if q.device.type == "cuda" and q.dtype in HALF:
+        return None
+    return f"needs float16 or bfloat16 on a GPU, found {q.dtype} on {q.device.type}"
+
+
 def _unable_triton(q):
-    if q.device.type != "cuda" or q.dtype not in HALF:
-        return f"needs float16 or bfloat16 on a GPU, found {q.dtype} on {q.device.type}"
+    if reason := _unable_half(q):
+        return reason
     capability = _capability(q.device.index)
     hopper = capability == (9, 0)  # (torch 2.11 cannot trace != here)
     if not hopper:
@@ -1393,9 +1405,8 @@ def _unable_sdpa(name, q, k, v, mask):
         return None
     if not q.is_cuda:
         return f"{name} names a CUDA kernel, the tensors are on {q.device}"
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     masked = _needs_dense(q, k, mask)
-    if name == "sdpa_cudnn" and masked and grad:
+    if name == "sdpa_cudnn" and masked and _wants_grad(q, k, v):
         return "its gradients with a mask are wrong inside torch.compile, NaN at some lengths"
     if _tracing():
         return None  # SDPA itself says so
@@ -1444,7 +1455,6 @@ def supports(
 
 
 def _unable(backend, q, k, v, mask, softcap):
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "reference":
         return None
     ours = backend in ("triton", "flex")
@@ -1453,7 +1463,7 @@ def _unable(backend, q, k, v, mask, softcap):
     if backend == "triton":
         return _unable_triton(q)
     if backend == "flex":
-        if grad and q.device.type == "cpu":
+        if q.device.type == "cpu" and _wants_grad(q, k, v):
             return "FlexAttention has no backward on CPUs"
         return _unable_flex(q)
     if backend == "sdpa" or backend in SDPA:
@@ -1465,8 +1475,8 @@ def _unable(backend, q, k, v, mask, softcap):
     package = {"varlen": _varlen, "flash_attn": _flash, "xformers": _xformers}[backend]()
     if not package[0]:
         return package[1]
-    if q.device.type != "cuda" or q.dtype not in HALF:
-        return f"needs float16 or bfloat16 on a GPU, found {q.dtype} on {q.device.type}"
+    if reason := _unable_half(q):
+        return reason
     capability = _capability(q.device.index)
     least = (9, 0) if backend == "flash_attn" and package[0] == 4 else (8, 0)
     if capability < least and backend != "xformers":
@@ -1521,17 +1531,15 @@ def _choose(q, k, v, mask, softcap):
         # documents of 512: triton 0.24 / 0.87, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.24, varlen
         # 0.47 / 1.72, SDPA with a dense mask 3.3 / 12.3
         return "triton"
-    if q.is_cuda and can("flex"):
+    reason = _unable("flex", q, k, v, mask, softcap) if q.is_cuda else "on a CPU it is not chosen"
+    if reason is None:
         return "flex"
-    if softcap is None:
-        if not _tracing():
-            reason = _unable("flex", q, k, v, mask, softcap)
-            _say(f"FlexAttention cannot run this ({reason}): SDPA with a dense mask does")
-        return "sdpa"
     if not _tracing():
-        reason = _unable("flex", q, k, v, mask, softcap)
-        _say(f"FlexAttention cannot run this ({reason}), SDPA no softcap: the plain reference does")
-    return "reference"
+        instead = (
+            "the plain reference, all scores in memory," if softcap else "SDPA with a dense mask"
+        )
+        _say(f"no FlexAttention here ({reason}): {instead} takes its place")
+    return "sdpa" if softcap is None else "reference"
 
 
 def attention(
@@ -2027,9 +2035,9 @@ def test_torch_func_and_fake_tensors():
     q, k, v = _qkv(1, 2, 1, 30, 30, 16, torch.float64, "cpu", grad=False)
     mask = Mask(window=7)
 
-    def loss(q, backend="auto"):
+    def loss(q):
         assert supports("flex", q, k, v, mask) == "torch.func transforms need SDPA"
-        return attention(q, k, v, mask=mask, backend=backend).square().sum()
+        return attention(q, k, v, mask=mask).square().sum()
 
     want = torch.autograd.functional.jacobian(
         lambda q: attention(q, k, v, mask=mask, backend="reference").square().sum(), q
@@ -2784,12 +2792,8 @@ def test_gpu_every_backend_equals_float64():
     found = {"varlen": _varlen()[0], "flash_attn": _flash()[0], "xformers": _xformers()[0]}
     idle = [name for name, n in ran.items() if not n and found.get(name, True)]
     assert not idle, f"never ran: {idle}"
-    for backend in (
-        "triton",
-        "flex",
-        "sdpa",
-        "varlen",
-    ):  # more queries than keys, a stream of its own
+    # more queries than keys, a stream of its own
+    for backend in ("triton", "flex", "sdpa", "varlen"):
         inputs = _qkv(1, 2, 2, 300, 150, 64, torch.bfloat16, "cuda")
         if supports(backend, *inputs, Mask()) is None:
             _compare(backend, inputs, Mask())
@@ -2959,16 +2963,8 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
     inputs = _qkv(batch, heads, kv_heads, size, size, dim, torch.bfloat16, "cuda", True, inside)
     grad = torch.randn_like(inputs[0])
     ways = {}
-    for name in (
-        "auto",
-        "triton",
-        "flex",
-        "sdpa_cudnn",
-        "sdpa_flash",
-        "varlen",
-        "flash_attn",
-        "xformers",
-    ):
+    names = "auto", "triton", "flex", "sdpa_cudnn", "sdpa_flash"
+    for name in (*names, "varlen", "flash_attn", "xformers"):
         if name == "auto" or supports(name, *inputs, mask, softcap) is None:
             if name.startswith("sdpa") and not mask.plain:
                 continue
