@@ -1521,15 +1521,15 @@ def _choose(q, k, v, mask, softcap):
     elif q.shape[2] < BLOCK and softcap is None:
         return "sdpa"  # decoding: flex would pad to 256 queries, and a dense mask is a few rows
     elif flash_4 and (mask.doc_ids is None or long()):
-        # causal: flash-attn 4 0.90 / 3.70, SDPA (cuDNN) 0.96 / 4.08, triton 1.23 / 4.66
-        # window 1024: 0.49 / 2.03, triton 0.59 / 2.40
-        # documents of 2048: 0.57 / 2.23, triton 0.65 / 2.68; [B, H, S, D] it copies, 0.7 ms
+        # causal: flash-attn 4 0.86 / 3.58, SDPA (cuDNN) 0.92 / 3.80, triton 1.10 / 4.61
+        # window 1024: 0.46 / 1.93, triton 0.54 / 2.28
+        # documents of 2048: 0.52 / 2.11, triton 0.60 / 2.48; [B, H, S, D] it copies, 0.7 ms
         return "flash_attn"
     if softcap is None and mask.plain and not _needs_dense(q, k, mask):
         return "sdpa"
     if q.is_cuda and can("triton"):
-        # documents of 512: triton 0.24 / 0.87, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.24, varlen
-        # 0.47 / 1.72, SDPA with a dense mask 3.3 / 12.3
+        # documents of 512: triton 0.24 / 0.85, flash-attn 4 0.26 / 1.14, flex 0.31 / 1.24, varlen
+        # 0.47 / 1.71, SDPA with a dense mask 3.2 / 12.3
         return "triton"
     reason = _unable("flex", q, k, v, mask, softcap) if q.is_cuda else "on a CPU it is not chosen"
     if reason is None:
@@ -2933,13 +2933,13 @@ def _torch_flex(mask, q, k):
     )
 
 
-def _wall_ms(run):
-    """Host and device."""
+def _wall_ms(run, device=True):
+    """Host and device, or the host alone until it has queued everything."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if torch.cuda.is_available():
+    if device and torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 
@@ -2948,11 +2948,19 @@ ORDER = random.Random(0)
 
 
 def _turns(runs, turns=5, time_ms=40):
-    """Median ms of each, in shuffled turns: a chip's heat and clock then hit all alike."""
+    """Median ms on the device, in shuffled turns: a chip's heat and clock then hit all alike.
+
+    Of the buffer that do_bench clears before a call 4 GiB are made, 1 ms on an H200: the device
+    is then behind the host, as in training, where other layers fill the queue. With its 256 MB a
+    slow host's gaps were in the times of documents (0.9 ms of work): 0.87 to 1.06 ms.
+    """
     times = {name: [] for name in runs}
-    for _ in range(turns):
-        for name in ORDER.sample(list(runs), len(runs)):
-            times[name].append(do_bench(runs[name], 10, time_ms, return_mode="median"))
+    buffer = functools.partial(torch.empty, 2**32, dtype=torch.uint8, device="cuda")
+    driver = triton.runtime.driver.active
+    with unittest.mock.patch.object(driver, "get_empty_cache_for_benchmark", buffer):
+        for _ in range(turns):
+            for name in ORDER.sample(list(runs), len(runs)):
+                times[name].append(do_bench(runs[name], 10, time_ms, return_mode="median"))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
@@ -2999,7 +3007,12 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
     flop = 4 * batch * heads * dim * pairs
     chosen = _choose(*inputs, mask, softcap)
     layout = "[B, S, H, D]" if inside else "[B, H, S, D]"
-    print(f"{words} | {batch} x {heads}/{kv_heads} x {size} x {dim} {layout} | auto: {chosen}")
+    host = functools.partial(_wall_ms, runs(step)["auto"], device=False)
+    host_ms = statistics.median(host() for _ in range(30))
+    print(
+        f"{words} | {batch} x {heads}/{kv_heads} x {size} x {dim} {layout} | auto: {chosen}, "
+        f"{host_ms:.2f} ms on the host"
+    )
     for name in ways:
         a, b = times["forward"][name], times["both"][name]
         rates = flop / a / 1e9, 3.5 * flop / b / 1e9
@@ -3009,7 +3022,7 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
             f"ms {rates[1]:4.0f} TFLOP/s | {ratio:5.2f}x torch's flex",
             flush=True,
         )
-    results[f"{words} {shape} {layout}"] = times | {"flop": flop, "auto": chosen}
+    results[f"{words} {shape} {layout}"] = times | {"flop": flop, "auto": chosen, "host": host_ms}
     return times
 
 
