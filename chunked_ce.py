@@ -1278,7 +1278,7 @@ def grpo_loss(
     return (_policy(logp, ratio, advantages, ref, policy)[0] * weights).sum()
 
 
-def patch_causal_lm(model, check: bool = True):
+def patch_causal_lm(model, check: bool = True, loss=None):
     """A transformers CausalLM (or a PEFT model around one) whose loss never forms the logits.
 
     With labels, forward returns the loss of linear_cross_entropy (labels shifted, with
@@ -1286,8 +1286,9 @@ def patch_causal_lm(model, check: bool = True):
     generate() works. Softcaps and logit scales are read from the config (Gemma, Cohere, Granite);
     tied heads, heads with a bias, and heads with LoRA (merged form, no dropout) work. `check`
     runs one short batch through both forwards and raises ValueError if logits or losses differ: the
-    model then does something else with its logits. Returns model; `del model.forward` undoes it (of
-    a PEFT model, of its base). Under FSDP2 leave the head in the root's group.
+    model then does something else with its logits. loss: a function to call in place of
+    linear_cross_entropy, a compiled one say. Returns model; `del model.forward` undoes it (of a
+    PEFT model, of its base). Under FSDP2 leave the head in the root's group.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ok = callable(getattr(base, "get_output_embeddings", None))
@@ -1323,10 +1324,12 @@ def patch_causal_lm(model, check: bool = True):
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
         options = {"bias": getattr(head, "bias", None), "ignore_index": ignore, "num_items": items}
-        loss = linear_cross_entropy(hidden, weight, shifted.to(hidden.device), **options, **logits)
+        value = (loss or linear_cross_entropy)(
+            hidden, weight, shifted.to(hidden.device), **options, **logits
+        )
         kept = "past_key_values", "hidden_states", "attentions"
         rest = {name: getattr(outputs, name, None) for name in kept}
-        result = CausalLMOutputWithPast(loss=loss.to(labels.device), **rest)
+        result = CausalLMOutputWithPast(loss=value.to(labels.device), **rest)
         named = getattr(self.config, "return_dict", True) if named is None else named
         return result if named else result.to_tuple()
 

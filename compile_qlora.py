@@ -1,0 +1,2439 @@
+"""A QLoRA training step with every module compiled: no graph break, nothing compiled twice.
+
+Problem: torch.compile on a QLoRA model breaks graphs in bitsandbytes and PEFT, recompiles for
+lengths, for the first layer and for each kind of mask, keeps dequantised weights for the backward,
+and inlined over all layers takes minutes. Eager, most of a step is launches and memory traffic.
+
+Idea: one region per thing that repeats, each with fullgraph=True and dynamic lengths.
+- A decoder block is one region, compiled once and called for every layer: weights are its inputs.
+  Compiling the whole model would inline 16 to 80 copies of it. Embedding, rotary tables, final norm
+  and loss are a region each: they run once a step, on tokens without a batch dimension, so one graph
+  serves all batch sizes. The mask is made once a batch, outside, for all blocks.
+- Projections of one input (q, k, v; gate, up) are dequantised into one buffer and multiplied at
+  once, forward and backward, as are their LoRA products. The backward's dequantisation takes the
+  gradient as an argument it does not need: else the compiler would merge it with the forward's and
+  keep 16-bit weights between them.
+- LoRA's second product is added into the output where it lies; in a gated MLP it is added inside
+  the kernel of the activation and of its gradient (Triton, below), so it costs no memory traffic.
+- Activation checkpointing is the partitioner's: at a budget of 0 it keeps a block's inputs alone,
+  and recomputes what the backward needs: not the MLP's last product, which torch.utils.checkpoint
+  repeats (a quarter of a block). Without it, whatever is pointwise is recomputed all the same.
+
+Left out: CUDA graphs, other quantisations than NF4 and FP4, more than one GPU (qlora_fsdp2.py).
+LoRA dropout above 0, DoRA and several active adapters take PEFT's own path, compiled, unfused.
+Attention dropout is refused. Rotary tables that ask for the longest position (dynamic, longrope)
+stay eager. Measured on an H200; not run on a T4.
+
+    python compile_qlora.py                self-test, then the comparison; --test or --bench for one
+    python compile_qlora.py --model unsloth/Llama-3.2-1B-Instruct-bnb-4bit --dataset data.jsonl
+        --max_length 1024 --per_device_train_batch_size 1 --gradient_accumulation_steps 2
+        --max_steps 60 --gradient_checkpointing true --log true      (any TrainingArguments flag)
+    python compile_qlora.py --model DIR --dataset F --stacks ours_compiled    train, no comparison
+
+    from compile_qlora import compile_model, fuse
+    model = compile_model(fuse(peft_model))       # then train as ever, in Trainer too
+"""
+
+import collections
+import contextlib
+import functools
+import gc
+import json
+import logging
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import unittest
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+try:
+    import chunked_ce
+    import flex_attn
+    from nf4_triton import dequantize_nf4, patch_bitsandbytes
+except ModuleNotFoundError as error:
+    if error.name not in ("chunked_ce", "flex_attn", "nf4_triton"):
+        raise
+    sys.exit(f"compile_qlora: found no {error.name}.py, need it in this script's directory")
+
+GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections of one input
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+SLOPES = {"silu": torch.ops.aten.silu_backward}
+SLOPES["gelu_tanh"] = functools.partial(torch.ops.aten.gelu_backward, approximate="tanh")
+MANY_SMS = 68  # inductor tunes matrix products on GPUs of so many SMs (a T4 has 40)
+GIB = 2**30
+KEEP = torch.contiguous_format
+FUSED_RANK = 64  # larger LoRA ranks are added by cuBLAS before the activation: shared memory
+
+
+def _need(ok, name, found, need, error=ValueError):
+    if not ok:
+        raise error(f"{name}: found {found}, need {need}")
+
+
+# --------------------------------------------------------------------------------------------------
+# LoRA over 4-bit weights: the operators. A Params4bit carries its quant_state, also as an input of
+# compiled code and as a tensor saved for the backward, so these take the packed weights alone.
+
+_OPS = torch.library.Library("compile_qlora", "DEF")
+
+
+def _operator(schema, fake):
+    """Registers a function under compile_qlora::, for CPU and CUDA; returns the operator."""
+
+    def register(run):
+        name = schema.split("(")[0]
+        _OPS.define(schema)
+        _OPS.impl(name, run, "CPU")
+        _OPS.impl(name, run, "CUDA")
+        torch.library.register_fake(f"compile_qlora::{name}", fake)
+        return getattr(torch.ops.compile_qlora, name)
+
+    return register
+
+
+def _fake_stacked(packed, rows, columns, dtype, tail=None, after=None):
+    more = 0 if tail is None else tail.shape[0]
+    return packed[0].new_empty((sum(rows) + more, columns), dtype=dtype)
+
+
+@_operator(
+    "stacked(Tensor[] packed, int[] rows, int columns, ScalarType dtype, Tensor? tail, "
+    "Tensor? after) -> Tensor",
+    _fake_stacked,
+)
+def stacked(packed, rows, columns, dtype, tail=None, after=None):
+    """The weights behind `packed`, one below the other, then `tail`: [sum(rows) + len(tail),
+    columns] in dtype. `after`: a tensor to wait for; what depends on a gradient cannot move into the
+    forward pass."""
+    sizes = [*rows, 0 if tail is None else len(tail)]
+    out = torch.empty((sum(sizes), columns), dtype=dtype, device=packed[0].device)
+    *parts, end = out.split(sizes)
+    if tail is not None:
+        end.copy_(tail)
+    for weight, part in zip(packed, parts, strict=True):
+        state = weight.quant_state
+        if state.quant_type == "nf4":
+            dequantize_nf4(weight, state, part, dtype=dtype)
+        else:
+            part.copy_(_bitsandbytes().dequantize_4bit(weight, state))
+    return out
+
+
+@_operator("after(Tensor x, Tensor other) -> Tensor", lambda x, other: torch.empty_like(x))
+def after(x, other):
+    """A copy of x that the compiler must make when `other` exists."""
+    return x.clone()
+
+
+@_operator("add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", lambda out, a, b: None)
+def add_product_(out, a, b):
+    """out += a @ b in place. As aten.addmm the sum would be a copy of `out` and a product."""
+    out.addmm_(a, b)
+
+
+@functools.cache
+def _bitsandbytes():
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+# --------------------------------------------------------------------------------------------------
+# The gated MLP's middle, act(gate) * up, with the LoRA products of gate, up and down inside
+
+
+@triton.jit
+def _rows_of(ptr, rows, n, pitch, RANK: tl.constexpr, K: tl.constexpr):  # [rows, K] of [n, RANK]
+    k = tl.arange(0, K)
+    at = ptr + rows[:, None].to(tl.int64) * pitch + k[None, :]
+    return tl.load(at, mask=(rows < n)[:, None] & (k < RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def _cols_of(ptr, cols, width, k_stride, stride, RANK: tl.constexpr, K: tl.constexpr):  # [K, cols]
+    k = tl.arange(0, K)
+    at = ptr + k[:, None] * k_stride + cols[None, :].to(tl.int64) * stride
+    return tl.load(at, mask=(k < RANK)[:, None] & (cols < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _activation(x, GELU: tl.constexpr):
+    """(value, slope) of silu or of gelu's tanh form."""
+    if GELU:
+        t = 2 * tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)) - 1
+        inner = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+    s = tl.sigmoid(x)
+    return x * s, s * (1 + x * (1 - s))
+
+
+@triton.jit
+def _gated_kernel(y_ptr, xa_ptr, b_ptr, act_ptr, dact_ptr, ga_ptr, a_ptr, dy_ptr,
+                  n, width, y_pitch, xa_pitch, b_pitch, dy_pitch,
+                  GATE: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, K: tl.constexpr,
+                  GELU: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                  STEPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    # A program keeps its columns of B and goes down STEPS tiles of rows, loading ahead. The grid's
+    # first axis runs along a row of memory, so neighbours write one after the other.
+    cols = tl.program_id(0) * N + tl.arange(0, N)
+    gate_b = _cols_of(b_ptr, cols, width, 1, b_pitch, GATE, K)
+    up_b = _cols_of(b_ptr + width.to(tl.int64) * b_pitch + GATE, cols, width, 1, b_pitch, UP, K)
+    if BACKWARD:
+        down_a = _cols_of(a_ptr, cols, width, width, 1, DOWN, K)
+    for i in tl.range(0, STEPS, num_stages=STAGES):
+        rows = (tl.program_id(1) * STEPS + i) * M + tl.arange(0, M)
+        mask = (rows < n)[:, None] & (cols < width)[None, :]
+        row = rows[:, None].to(tl.int64)
+        y_at = y_ptr + row * y_pitch + cols[None, :]
+        gate = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(y_at + width, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.dot(_rows_of(xa_ptr, rows, n, xa_pitch, GATE, K), gate_b, acc=gate)
+        up = tl.dot(_rows_of(xa_ptr + GATE, rows, n, xa_pitch, UP, K), up_b, acc=up)
+        value, slope = _activation(gate, GELU)
+        if BACKWARD:
+            dact = tl.load(dact_ptr + row * width + cols[None, :], mask=mask, other=0.0)
+            ga = _rows_of(ga_ptr, rows, n, DOWN, DOWN, K)
+            dact = tl.dot(ga, down_a, acc=dact.to(tl.float32))
+            dy_at = dy_ptr + row * dy_pitch + cols[None, :]
+            tl.store(dy_at, dact * up * slope, mask=mask)
+            tl.store(dy_at + width, dact * value, mask=mask)
+        tl.store(act_ptr + row * width + cols[None, :], value * up, mask=mask)
+
+
+def _tiles(sm):
+    """(rows, columns, warps, tiles of rows, stages). On an H200 at 8192 x 14336 of r = 32 these take
+    186 and 382 us, forward and backward; a copy of the backward's bytes takes 334."""
+    # Ampere and Ada have less shared memory, Turing 64 KiB of it and no asynchronous copies to it
+    return (64, 64, 8, 4, 3) if sm >= 90 else (32, 64, 8, 4, 2) if sm >= 80 else (32, 32, 4, 4, 1)
+
+
+def _capability(y):
+    return torch.cuda.get_device_capability(y.device) if y.is_cuda else None
+
+
+def _launch_gated(y, xa, b, act, ranks, activation, dact=None, ga=None, a=None, dy=None):
+    n, width = act.shape
+    if not act.numel():
+        return
+    backward = dy is not None
+    extra, dy_pitch = ((dact, ga, a, dy), dy.stride(0)) if backward else ((y, y, y, y), 0)
+    k = max(16, triton.next_power_of_2(max(ranks)))
+    sm = 10 * capability[0] + capability[1] if (capability := _capability(y)) else 90
+    m, cols, warps, steps, stages = _tiles(sm)
+    pitches = y.stride(0), xa.stride(0), b.stride(0), dy_pitch
+    grid = triton.cdiv(width, cols), triton.cdiv(n, m * steps)
+    with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
+        _gated_kernel[grid](y, xa, b, act, *extra, n, width, *pitches, *ranks, k,
+                            activation == "gelu_tanh", backward, m, cols, steps, stages,
+                            num_warps=warps)  # fmt: skip
+
+
+def _gate_up(y, xa, b):
+    """gate and up with their LoRA products, float32."""
+    sums = y.float()
+    if xa.numel():
+        sums = sums + xa.float() @ b.float().t()
+    return sums.chunk(2, -1)
+
+
+def _fake_gated(y, xa, b, ranks, activation):
+    return y.new_empty((y.shape[0], y.shape[1] // 2))
+
+
+@_operator(
+    "gated(Tensor y, Tensor xa, Tensor b, int[] ranks, str activation) -> Tensor", _fake_gated
+)
+def gated(y, xa, b, ranks, activation):
+    """act(gate) * up of y [n, 2 m] + xa [n, r] @ b.T [r, 2 m], gate's half first: [n, m]."""
+    if not _by_kernel(y):
+        gate, up = _gate_up(y, xa, b)
+        return (ACTIVATIONS[activation](gate) * up).to(y.dtype)
+    act = y.new_empty((y.shape[0], y.shape[1] // 2))
+    _launch_gated(y, xa, b, act, ranks, activation)
+    return act
+
+
+def _gated_grads(y, xa, b, dact, ga, a, ranks, activation, dy, act):
+    if _by_kernel(y):
+        return _launch_gated(y, xa, b, act, ranks, activation, dact, ga, a, dy)
+    gate, up = _gate_up(y, xa, b)
+    grad = dact.float()
+    if ga.numel():
+        grad = grad + ga.float() @ a.float()
+    value = ACTIVATIONS[activation](gate)
+    results = value * up, SLOPES[activation](grad * up, gate), grad * value
+    act.copy_(results[0])  # which may be where dact is, and dy where y is
+    for part, result in zip(dy.chunk(2, -1), results[1:], strict=True):
+        part.copy_(result)
+
+
+_GRADS = "Tensor xa, Tensor b, {} dact, Tensor ga, Tensor a, int[] ranks, str activation)"
+
+
+def _fake_gated_grads(y, xa, b, dact, ga, a, ranks, activation):
+    return y.new_empty(y.shape), torch.empty_like(dact)
+
+
+@_operator(
+    f"gated_grads(Tensor y, {_GRADS.format('Tensor')} -> (Tensor, Tensor)", _fake_gated_grads
+)
+def gated_grads(y, xa, b, dact, ga, a, ranks, activation):
+    """(gradient of y and so of gate and up, act again) for the gradient dact + ga @ a of act."""
+    dy, act = y.new_empty(y.shape), torch.empty_like(dact)
+    _gated_grads(y, xa, b, dact, ga, a, ranks, activation, dy, act)
+    return dy, act
+
+
+@_operator(
+    f"gated_grads_(Tensor(a!) y, {_GRADS.format('Tensor(b!)')} -> ()",
+    lambda y, xa, b, dact, ga, a, ranks, activation: None,
+)
+def gated_grads_(y, xa, b, dact, ga, a, ranks, activation):
+    """gated_grads with its results in the place of y and dact."""
+    _gated_grads(y, xa, b, dact, ga, a, ranks, activation, y, dact)
+
+
+def _by_kernel(y):
+    """Half precision on a GPU, or in Triton's interpreter. (In float32 a dot is no tensor core's.)"""
+    interpreted = isinstance(_gated_kernel, triton.runtime.interpreter.InterpretedFunction)
+    return (y.is_cuda or interpreted) and y.dtype != torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# Projections: x W^T + bias + scaling (x A^T) B^T, W in 4 bits and frozen
+
+
+class Side(NamedTuple):
+    """What a group of projections of one input is, apart from its tensors."""
+
+    rows: tuple[int, ...]  # output features of each
+    columns: int  # input features
+    dtype: torch.dtype  # of the products
+    ranks: tuple[int, ...]  # 0: no adapter
+    scales: tuple[float, ...]
+    by: str  # "nf4_triton" or "bnb": which code dequantises
+
+
+def _weight(side, packed, tail=None, grad=None):
+    """The dequantised weights [sum of rows, columns] of a side, and `tail` below them."""
+    if side.by == "nf4_triton":
+        return stacked(packed, side.rows, side.columns, side.dtype, tail, grad)
+    weights = [] if tail is None else [tail]
+    for weight in reversed(packed):  # as bitsandbytes.functional.dequantize_4bit, by its operators
+        state = weight.quant_state
+        absmax = state.absmax if grad is None else after(state.absmax, grad)
+        if state.nested:
+            absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2) + state.offset
+        kind = state.blocksize, state.quant_type, state.shape, state.dtype
+        out = torch.ops.bitsandbytes.dequantize_4bit.default(weight, absmax.float(), *kind)
+        weights.insert(0, out.to(side.dtype))
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+
+def _adapters(side, a, b):
+    """A stacked [sum of ranks, columns] and the scaled B as blocks [sum of rows, sum of ranks]."""
+    like = next(t for t in a if t is not None)
+    empty = lambda rows: like.new_empty((rows, 0), dtype=side.dtype)
+    stack = torch.cat([t.to(side.dtype) for t in a if t is not None])
+    scaled = zip(b, side.scales, side.rows, strict=True)
+    return stack, torch.block_diag(
+        *(empty(rows) if t is None else (t * scale).to(side.dtype) for t, scale, rows in scaled)
+    )
+
+
+def _project(side, flat, packed, biases, a, b, add=True):
+    """(y [n, sum of rows], x A^T [n, sum of ranks], A, B); without `add` y lacks the LoRA product.
+    x A^T comes out of the product with W, as its last columns: alone it would read x once more."""
+    width, rank = sum(side.rows), sum(side.ranks)
+    a, b = _adapters(side, a, b) if rank else (None, None)
+    joint = rank % 8 == 0  # rows of 16 bytes, which tensor cores' fast paths ask for
+    w = _weight(side, packed, a if joint else None)
+    more = rank if joint else 0
+    if any(bias is not None for bias in biases):
+        zeros = lambda bias, rows: flat.new_zeros(rows) if bias is None else bias.to(side.dtype)
+        bias = [zeros(*pair) for pair in zip(biases, side.rows, strict=True)]
+        both = torch.addmm(torch.cat([*bias, flat.new_zeros(more)]), flat, w.t())
+    else:
+        both = flat @ w.t()
+    if not rank:
+        return both, None, None, None
+    y, xa = both.split([width, rank], -1) if joint else (both, flat @ a.t())
+    if add:  # and a copy of what the backward keeps, or it would keep all of `both`
+        xa = xa.contiguous()
+        add_product_(y, xa, b.t())
+    return y, xa, a, b
+
+
+def _project_grads(side, g, flat, packed, xa, a, b, ga=None, wanted=True):
+    """(dx, dA list, dB list) for the gradient g [n, sum of rows] of y."""
+    dx = g @ _weight(side, packed, grad=g) if wanted else None
+    if not any(side.ranks):
+        return dx, [None] * len(side.ranks), [None] * len(side.ranks)
+    ga = g @ b if ga is None else ga
+    if wanted:
+        add_product_(dx, ga, a)
+    da, db = ga.t() @ flat, g.t() @ xa  # of all in one product each; B's blocks are its diagonal
+    das, dbs, row, col = [], [], 0, 0
+    for rows, rank, scale in zip(side.rows, side.ranks, side.scales, strict=True):
+        das.append(da[col : col + rank].float() if rank else None)
+        dbs.append(db[row : row + rows, col : col + rank].float() * scale if rank else None)
+        row, col = row + rows, col + rank
+    return dx, das, dbs
+
+
+def _split(tensors, count):
+    return [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+
+
+class _Projections(torch.autograd.Function):
+    """(side, x, *packed, *biases, *A, *B) -> one output for each projection."""
+
+    @staticmethod
+    def forward(ctx, side, x, *tensors):
+        packed, biases, a, b = _split(tensors, len(side.rows))
+        flat = x.reshape(-1, side.columns).to(side.dtype)
+        y, xa, a_stack, b_blocks = _project(side, flat, packed, biases, a, b)
+        ctx.side, ctx.shape, ctx.dtype = side, x.shape, x.dtype
+        ctx.kinds = [None if t is None else t.dtype for t in (*a, *b)]
+        ctx.save_for_backward(flat, xa, a_stack, b_blocks, *packed)
+        # Outputs must be tensors of their own: of two names for one tensor Dynamo (torch 2.11) gives
+        # the gradient to the other. v alone is kept for the backward, not all of y.
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        if len(side.rows) == 1 and not any(side.ranks):
+            return (y,)
+        return tuple(part.clone(memory_format=KEEP) for part in y.split(side.rows, -1))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        side, (flat, xa, a, b, *packed) = ctx.side, ctx.saved_tensors
+        pairs = zip(grads, side.rows, strict=True)
+        parts = [g.reshape(-1, rows).to(side.dtype) for g, rows in pairs]
+        g = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        dx, das, dbs = _project_grads(side, g, flat, packed, xa, a, b)
+        cast = [g if g is None else g.to(k) for g, k in zip(das + dbs, ctx.kinds, strict=True)]
+        frozen = [None] * (2 * len(side.rows))
+        return None, dx.view(ctx.shape).to(ctx.dtype), *frozen, *cast
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(act(gate(x)) * up(x)): (up side, down side, activation, recompute, x, tensors)."""
+
+    @staticmethod
+    def forward(ctx, up, down, activation, recompute, x, *tensors):
+        packed, biases, a, b = _split(tensors[:8], 2)
+        (down_packed,), (down_bias,), (down_a,), (down_b,) = _split(tensors[8:], 1)
+        flat = x.reshape(-1, up.columns).to(up.dtype)
+        fused = max(*up.ranks, *down.ranks) <= FUSED_RANK
+        y, xa, a_stack, b_blocks = _project(up, flat, packed, biases, a, b, add=not fused)
+        xa_in, b_in, ranks = _inside(up, fused, y, xa, b_blocks)
+        act = gated(y, xa_in, b_in, [*ranks, 0], activation)
+        out, act_a, down_stack, down_blocks = _project(
+            down, act, [down_packed], [down_bias], [down_a], [down_b]
+        )
+        ctx.spec = up, down, activation, recompute, fused, x.shape, x.dtype
+        ctx.kinds = [None if t is None else t.dtype for t in (*a, *b, down_a, down_b)]
+        if recompute:  # from act, which the backward makes anyway
+            act_a = None
+        ctx.save_for_backward(
+            flat, y, xa, a_stack, b_blocks, act_a, down_stack, down_blocks, *packed, down_packed
+        )
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        up, down, activation, recompute, fused, shape, dtype = ctx.spec
+        flat, y, xa, a, b, act_a, down_a, down_b, *packed, down_packed = ctx.saved_tensors
+        g = grad.reshape(-1, sum(down.rows)).to(down.dtype)
+        dact = g @ _weight(down, [down_packed], grad=g)
+        ga = None if down_b is None else g @ down_b
+        if ga is not None and not fused:
+            add_product_(dact, ga, down_a)
+        more = _inside(down, fused, dact, ga, down_a)
+        xa_in, b_in, ranks = _inside(up, fused, y, xa, b)
+        args = xa_in, b_in, dact, *more[:2], [*ranks, *more[2]], activation
+        if recompute:  # y is the backward's own
+            gated_grads_(y, *args)
+            dy, act = y, dact
+        else:
+            dy, act = gated_grads(y, *args)
+        if down_a is not None and act_a is None:
+            act_a = act @ down_a.t()
+        _, (down_da,), (down_db,) = _project_grads(
+            down, g, act, [down_packed], act_a, down_a, down_b, ga, wanted=False
+        )
+        dx, das, dbs = _project_grads(up, dy, flat, packed, xa, a, b)
+        grads = [*das, *dbs, down_da, down_db]
+        cast = [g if g is None else g.to(k) for g, k in zip(grads, ctx.kinds, strict=True)]
+        none = [None] * 4
+        # packed, biases, A, B of gate and up; then of down
+        return *none, dx.view(shape).to(dtype), *none, *cast[:4], None, None, *cast[4:]
+
+
+def _inside(side, fused, like, left, right):
+    """(left, right, ranks) of a LoRA product for the gated kernel; empty if it is not its task."""
+    if fused and any(side.ranks):
+        return left, right, list(side.ranks)
+    nothing = like.new_empty((0, 0))
+    return nothing, nothing, [0] * len(side.ranks)
+
+
+class Part(NamedTuple):
+    """A projection as its module stands now."""
+
+    layer: torch.nn.Module  # bitsandbytes' Linear4bit
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+
+def _part(module) -> Part | None:
+    """What the fused paths need of a Linear4bit or of PEFT's LoRA around one; None if it does more:
+    dropout, DoRA, several adapters, a bias in B."""
+    if not hasattr(module, "lora_A"):
+        return Part(module, None, None, 1.0)
+    if module.disable_adapters or module.merged:
+        return Part(module.base_layer, None, None, 1.0)
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if not active:
+        return Part(module.base_layer, None, None, 1.0)
+    name = active[0]
+    if len(active) > 1 or name in module.lora_variant or module.lora_bias[name]:
+        return None
+    if module.training and not isinstance(module.lora_dropout[name], torch.nn.Identity):
+        return None
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return Part(module.base_layer, a, b, guard_scalar(module.scaling[name]))
+
+
+def _side(parts, x, by):
+    layers, a, b, scales = zip(*parts, strict=True)
+    side = Side(
+        rows=tuple(layer.out_features for layer in layers),
+        columns=layers[0].in_features,
+        dtype=layers[0].compute_dtype or x.dtype,
+        ranks=tuple(0 if t is None else t.shape[0] for t in a),
+        scales=tuple(scales),
+        by=by,
+    )
+    return side, [layer.weight for layer in layers] + [layer.bias for layer in layers] + [*a, *b]
+
+
+class _Group:
+    """The projections of one input. The first that is called computes all, the others take theirs,
+    if they are given that very input."""
+
+    def __init__(self, modules, by):
+        self.modules, self.by, self.kept = modules, by, None
+
+
+def _projection_forward(self, x, *args, **kwargs):
+    group, index = self._qlora
+    kept = group.kept
+    if kept is not None and kept[0] is x:
+        if index == len(group.modules) - 1:
+            group.kept = None
+        return kept[1][index]
+    parts = [_part(module) for module in group.modules] if index == 0 else [None]
+    if any(part is None for part in parts):
+        part = _part(self)
+        if part is None:  # PEFT's own, whose base layer comes back to the line below
+            return type(self).forward(self, x, *args, **kwargs)
+        side, tensors = _side([part], x, group.by)
+        return _Projections.apply(side, x, *tensors)[0]
+    side, tensors = _side(parts, x, group.by)
+    outputs = _Projections.apply(side, x, *tensors)
+    if len(outputs) > 1:
+        group.kept = x, outputs
+    return outputs[0]
+
+
+def _mlp_forward(self, x):
+    by, activation, inside = self._qlora
+    parts = [_part(module) for module in (self.gate_proj, self.up_proj, self.down_proj)]
+    if any(part is None for part in parts):
+        return type(self).forward(self, x)
+    up, up_tensors = _side(parts[:2], x, by)
+    down, down_tensors = _side(parts[2:], x, by)
+    return _GatedMLP.apply(up, down, activation, inside, x, *up_tensors, *down_tensors)
+
+
+def _is_4bit(module):
+    import bitsandbytes as bnb
+
+    return isinstance(getattr(module, "base_layer", module), bnb.nn.Linear4bit)
+
+
+def _activation_name(mlp) -> str | None:
+    probe = torch.linspace(-4, 4, 9)
+    act = getattr(mlp, "act_fn", None)
+    if not callable(act):
+        return None
+    got = act(probe)
+    return next((n for n, fn in ACTIVATIONS.items() if torch.allclose(fn(probe), got)), None)
+
+
+def fuse(model, *, dequant: str = "nf4_triton", recompute: bool = False):
+    """Every 4-bit projection of `model`, with or without LoRA, through this file's functions; and
+    the loss through chunked_ce. In place; returns model.
+
+    model: a transformers causal language model whose linear layers are bitsandbytes Linear4bit,
+    usually inside a PEFT model; attn_implementation="flex_attn" is the caller's. Outputs and
+    gradients equal PEFT's within the rounding of the compute dtype. dequant: "nf4_triton", or
+    "bnb" for bitsandbytes' own operators. recompute: activations are recomputed in the backward
+    (compile_model with checkpointing), which may then overwrite them. ValueError if the model has
+    no 4-bit layer.
+    """
+    _need(dequant in ("nf4_triton", "bnb"), "dequant", repr(dequant), "nf4_triton or bnb")
+    layers = {m for m in model.modules() if _is_4bit(m)}
+    _need(layers, "model", f"a {type(model).__name__} without a 4-bit layer", "one loaded in NF4")
+    wrapped = {m.base_layer for m in layers if hasattr(m, "base_layer")}
+    groups = [[m] for m in wrapped]
+    for parent in model.modules():
+        for names in GROUPS:
+            found = [getattr(parent, name, None) for name in names]
+            if all(m in layers for m in found) and len({_columns(m) for m in found}) == 1:
+                groups.append(found)
+        mlp = [getattr(parent, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if all(m in layers for m in mlp) and (name := _activation_name(parent)):
+            parent._qlora = dequant, name, recompute
+            parent.forward = types.MethodType(_mlp_forward, parent)
+    grouped = {m for group in groups for m in group}
+    for group in [*groups, *([m] for m in layers - grouped)]:
+        shared = _Group(group, dequant)
+        for index, module in enumerate(group):
+            module._qlora = shared, index
+            module.forward = types.MethodType(_projection_forward, module)
+    return model
+
+
+def _columns(module):
+    return getattr(module, "base_layer", module).in_features
+
+
+# --------------------------------------------------------------------------------------------------
+# Regions: what is compiled by itself. Their names are what the compiler's own reports say.
+
+
+def block(module, *args, **kwargs):
+    return type(module).forward(module, *args, **kwargs)
+
+
+def embedding(module, ids):
+    return type(module).forward(module, ids)
+
+
+def rotary(module, like, position_ids):
+    return type(module).forward(module, like, position_ids)
+
+
+def norm(module, hidden):
+    return type(module).forward(module, hidden)
+
+
+def loss(hidden, weight, labels, num_items, **options):
+    return chunked_ce.linear_cross_entropy(hidden, weight, labels, num_items=num_items, **options)
+
+
+REGIONS = {f.__name__: f for f in (embedding, rotary, block, norm, loss)}
+
+
+class Graph(NamedTuple):
+    """One compilation: a Dynamo graph, its forward and, if it needs gradients, its backward."""
+
+    region: str
+    backward: bool
+    seconds: float  # tracing, partition, code generation and the compilers' own time
+    cause: str
+
+
+class Compiled:
+    """The compiled regions of one model, and what the compiler says about them."""
+
+    def __init__(self, backend="inductor", checkpointing=False, max_autotune=False):
+        self.backend, self.checkpointing = backend, checkpointing
+        self.options = {"max_autotune_gemm": max_autotune, "triton.cudagraphs": False}
+        self.options |= {"epilogue_fusion": True, "shape_padding": True}
+        self.eager = []  # what is left eager, and why
+        self.winners = collections.Counter()  # of max_autotune, by kind
+        self.backwards = {name: [] for name in REGIONS}
+        self.before = len(_metrics())
+        self.kernels_before = _kernels()
+        compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=True)
+        self.functions = {
+            name: compile_(function, backend=functools.partial(self._run_backend, name))
+            for name, function in REGIONS.items()
+        }
+        if max_autotune and torch.cuda.is_available():
+            from torch._inductor.select_algorithm import add_feedback_saver
+
+            add_feedback_saver(self._note_winner)
+
+    def _run_backend(self, region, graph, inputs):
+        wants = torch.is_grad_enabled() and any(getattr(t, "requires_grad", 0) for t in inputs)
+        self.backwards[region].append(wants)
+        # Settings of the partition hold while a graph is compiled, not for the process
+        partition = {
+            "ban_recompute_used_far_apart": False,
+            "ban_recompute_long_fusible_chains": False,
+            "ban_recompute_materialized_backward": False,
+            "activation_memory_budget": 0.0 if self.checkpointing else 1.0,
+            "autograd_cache_allow_custom_autograd_functions": True,
+        }
+        with torch._functorch.config.patch(partition):
+            if self.backend != "inductor":
+                return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(graph, inputs, config_patches=self.options)
+
+    def _note_winner(self, timings, *_):
+        if timings:
+            best = min(timings, key=timings.get)
+            self.winners["cuBLAS" if "Extern" in type(best).__name__ else "Triton"] += 1
+
+    def graphs(self) -> list[Graph]:
+        """Every compilation so far, in order, with its time and cause."""
+        seen, found = collections.Counter(), []
+        for entry in _metrics()[self.before :]:
+            if entry.co_name in REGIONS and entry.is_forward:
+                backwards = self.backwards[entry.co_name]
+                i = seen[entry.co_name]
+                if i < len(backwards):
+                    reason = (entry.recompile_reason or "").split(": ", 1)[-1].split("\n")[0]
+                    cause = reason.split("  #")[0].strip() or "first call"
+                    seconds = (entry.duration_us or 0) / 1e6
+                    found.append(Graph(entry.co_name, backwards[i], seconds, cause))
+                    seen[entry.co_name] += 1
+        return found
+
+    def kernels(self) -> tuple[int, int]:
+        """Triton kernels of inductor (compiled, taken from its cache); on a CPU C++ kernels."""
+        return tuple(a - b for a, b in zip(_kernels(), self.kernels_before, strict=True))
+
+    def report(self) -> list[str]:
+        graphs = self.graphs()
+        backward, seconds = sum(g.backward for g in graphs), sum(g.seconds for g in graphs)
+        compiled, cached = self.kernels()
+        total = len(graphs) + backward
+        lines = [
+            f"compiled: {len(graphs)} Dynamo graphs, each whole (fullgraph), graph breaks "
+            f"{sum(_breaks().values())}; AOT graphs {len(graphs)} forward + {backward} backward = "
+            f"{total} compilations; kernels {compiled} compiled, {cached} from the cache; "
+            f"{seconds:.1f} s"
+        ]
+        for g in graphs:
+            both = "forward + backward" if g.backward else "forward"
+            lines.append(f"  {g.region:<10} {both:<18} {g.seconds:6.1f} s  {g.cause}")
+        lines += [f"  graph break x{n}: {reason}" for reason, n in _breaks().items()]
+        lines += [f"  eager: {why}" for why in self.eager]
+        if self.options["max_autotune_gemm"]:
+            lines.append("  max_autotune: " + self._tuning())
+        return lines
+
+    def _tuning(self):
+        if not torch.cuda.is_available():
+            return "inductor tunes Triton products on GPUs only"
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        if count < MANY_SMS:
+            return (
+                f"inductor skips Triton products on GPUs under {MANY_SMS} SMs; this one has {count}"
+            )
+        won = ", ".join(f"{kind} {n}" for kind, n in sorted(self.winners.items())) or "none"
+        return f"fastest of each tuned product: {won}"
+
+
+def _metrics():
+    from torch._dynamo import utils
+
+    utils.set_compilation_metrics_limit(4096)  # 64 are kept without this
+    return utils.get_compilation_metrics()
+
+
+def _breaks() -> collections.Counter:
+    from torch._dynamo.utils import counters
+
+    return collections.Counter(
+        {" ".join(k.split())[:160]: n for k, n in counters["graph_break"].items()}
+    )
+
+
+def _kernels():
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+
+    gpu = counters["inductor"]
+    made = gpu["async_compile_cache_miss"] or metrics.generated_kernel_count
+    return made, gpu["async_compile_cache_hit"]
+
+
+@contextlib.contextmanager
+def no_recompiles():
+    """Within it whatever would compile anew raises torch._dynamo.exc.RecompileError."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def _flat(tensor):
+    """[B, S, ...] as [B S, ...], and no view of it: guards would ask for its base's sizes too."""
+    return torch.ops.aten._unsafe_view(tensor, [-1, *tensor.shape[2:]])
+
+
+def compile_model(
+    model,
+    *,
+    backend: str = "inductor",
+    checkpointing: bool = False,
+    max_autotune: bool = False,
+):
+    """Compiles every region of a transformers causal language model, usually one that `fuse` has
+    prepared. In place; returns model, whose `compiled_regions` is a Compiled.
+
+    backend: a torch.compile backend. checkpointing: each block keeps its inputs alone and
+    recomputes the rest in the backward, by the partitioner; with dropout by transformers' own way.
+    max_autotune: inductor times Triton kernels against cuBLAS for each product. A region that
+    cannot be compiled whole raises, with the reason, at its first call. ValueError for a backend
+    that does not exist or a model whose blocks are not found.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=None)
+    _need(backend in known, "backend", repr(backend), f"one of {', '.join(known)}")
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = causal.base_model
+    parts = [getattr(inner, name, None) for name in ("layers", "norm", "rotary_emb")]
+    found = f"a {type(causal).__name__} without layers, norm or rotary_emb"
+    _need(None not in parts, "model", found, "a Llama, Mistral, Qwen, Gemma or one built like them")
+    layers, last, rope = parts
+    dropout = getattr(inner.config, "attention_dropout", 0.0)
+    _need(not dropout, "attention_dropout", dropout, "0: the attention kernels have none")
+    # The partitioner does not draw the same dropout twice: torch.utils.checkpoint does
+    drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in inner.modules())
+    compiled = Compiled(backend, checkpointing and not drops, max_autotune)
+    run = compiled.functions
+    if checkpointing:
+        _checkpoint_blocks(causal, drops)
+    # A batch's length must not be taken for the hidden size where the two are equal
+    torch.fx.experimental._config.use_duck_shape = False
+
+    def forward_embedding(self, ids):
+        hidden = run["embedding"](self, torch.ops.aten._unsafe_view(ids, [-1]))
+        hidden = torch.ops.aten._unsafe_view(hidden, [*ids.shape, -1])
+        # The first block's input then is as every other's: one graph, for 0.3% of the products
+        return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
+
+    def forward_rotary(self, hidden, position_ids):
+        like = hidden.new_empty((1, 1, hidden.shape[-1]))  # read for its dtype and device
+        cos, sin = run["rotary"](self, like, torch.ops.aten._unsafe_view(position_ids, [1, -1]))
+        shape = *position_ids.shape, -1
+        return [torch.ops.aten._unsafe_view(t, shape) for t in (cos, sin)]
+
+    def forward_norm(self, hidden):
+        return run["norm"](self, _flat(hidden)).view(hidden.shape)
+
+    def forward_loss(hidden, weight, labels, num_items=None, **options):
+        labels = torch.ops.aten._unsafe_view(labels.contiguous(), [-1])
+        if num_items is not None and not isinstance(num_items, Tensor):
+            num_items = torch.tensor(float(num_items), device=hidden.device)  # data, no constant
+        return run["loss"](_flat(hidden), weight, labels, num_items, **options)
+
+    for layer in layers:
+        layer.forward = types.MethodType(run["block"], layer)
+    inner.get_input_embeddings().forward = types.MethodType(
+        forward_embedding, inner.get_input_embeddings()
+    )
+    kind = getattr(rope, "rope_type", "default")
+    if "dynamic" in kind or kind == "longrope":
+        compiled.eager.append(f"rotary: {kind} tables ask for the longest position")
+    else:
+        rope.forward = types.MethodType(forward_rotary, rope)
+    last.forward = types.MethodType(forward_norm, last)
+    chunked_ce.patch_causal_lm(model, check=False, loss=forward_loss)
+    model.compiled_regions = compiled
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and data
+
+
+@dataclass
+class Options:
+    """What this script adds to TrainingArguments."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "hub id or directory; none: a small random Llama"}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "hub id, directory or .json .jsonl .csv .parquet .txt file with a column text "
+            "or messages; none: Python's own documentation"
+        },
+    )
+    max_length: int = field(default=1024, metadata={"help": "tokens of a row at most"})
+    packing: bool = field(default=False, metadata={"help": "several documents to a row"})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank"})
+    lora_alpha: float = field(default=64.0, metadata={"help": "scaling = lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "above 0 takes PEFT's own path"})
+    target_modules: list[str] = field(
+        default_factory=lambda: list(TARGETS), metadata={"help": "layers that get LoRA"}
+    )
+    stacks: str = field(
+        default="hf,ours,ours_compiled",
+        metadata={"help": "what to train and compare, of hf, hf_blocks, ours, ours_compiled"},
+    )
+    dequant: str = field(
+        default="nf4_triton", metadata={"help": "nf4_triton, or bnb: bitsandbytes' operator"}
+    )
+    attention: str = field(default="auto", metadata={"help": "a backend of flex_attn"})
+    max_autotune: bool = field(default=False, metadata={"help": "let inductor tune products"})
+    log: bool = field(
+        default=False, metadata={"help": "the compiler's words on breaks and recompilations"}
+    )
+    error_on_recompile: int = field(
+        default=0, metadata={"help": "from this optimizer step on a recompilation is an error"}
+    )
+    test: bool = field(default=False, metadata={"help": "the self-test alone"})
+    bench: bool = field(default=False, metadata={"help": "the timings alone"})
+    json: str | None = field(default=None, metadata={"help": "also write the results as JSON"})
+
+
+STACKS = {
+    "hf": "transformers + PEFT + bitsandbytes, eager",
+    "hf_blocks": "the same, blocks compiled (dynamic=True)",
+    "ours": "this file's functions, eager",
+    "ours_compiled": "the same, every region compiled",
+}
+
+
+def _import(name):
+    """A dependency, imported when it is needed; main says which one is missing."""
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def _causal_config(path):
+    transformers = _import("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        words = str(error).strip().split("\n")[0]
+        need = "a hub id or a directory with config.json"
+        raise ValueError(f"model: found {path!r} ({words[:120]}), need {need}") from None
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    names = config.architectures or []
+    causal = causal and (not names or any("CausalLM" in n or "LMHead" in n for n in names))
+    found = f"{', '.join(names) or type(config).__name__}"
+    _need(causal, "model", found, "a causal language model")
+    return config
+
+
+def load(path, stack, options, dtype, device):
+    """(model with LoRA, tokenizer) for one of STACKS; 4-bit weights on `device`, dtype as the
+    products'. A checkpoint that is quantised already is taken as it is, any other is quantised to
+    NF4 with nested scales while it is loaded."""
+    transformers, peft = _import("transformers"), _import("peft")
+    config = _causal_config(path)
+    text = config.get_text_config()
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        get = (
+            quantised.get if isinstance(quantised, dict) else functools.partial(getattr, quantised)
+        )
+        kind = get("quant_method", None)
+        ok = "bitsandbytes" in str(kind) and get("load_in_4bit", False)
+        _need(
+            ok, "model", f"weights quantised by {kind}", "bitsandbytes' 4 bits, or 16-bit weights"
+        )
+    most = getattr(text, "max_position_embeddings", None) or options.max_length
+    _need(options.max_length <= most, "max_length", options.max_length, f"{most} at most: {path}")
+    how = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
+    how = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype)
+    ours = stack.startswith("ours")
+    capped = getattr(text, "attn_logit_softcapping", None)  # which transformers' SDPA leaves out
+    attention = "flex_attn" if ours else "eager" if capped else "sdpa"
+    if ours:
+        flex_attn.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attention,
+        **({} if quantised else {"quantization_config": how}),
+    )
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # a checkpoint may ask for bf16 where there is none
+            module.compute_dtype = dtype
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+    )
+    return peft.get_peft_model(model, lora), _tokenizer(path)
+
+
+def _tokenizer(path):
+    tokenizer = _import("transformers").AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepare(model, stack, options, *, checkpointing=False, fixed=False, backend="inductor"):
+    """Makes `model` what `stack` says. fixed: all batches have one length."""
+    inner = model.get_base_model().base_model
+    if stack.startswith("hf"):  # as QLoRA recipes do; bitsandbytes' product without it is another
+        model.enable_input_require_grads()
+    if stack == "hf_blocks":
+        for layer in inner.layers:
+            layer.compile(dynamic=True)
+    compiled = stack == "ours_compiled"
+    if stack.startswith("ours"):
+        flex_attn.register(backend=_attention(options.attention, inner, fixed))
+        fuse(model, dequant=options.dequant, recompute=checkpointing and compiled)
+        if not compiled:
+            chunked_ce.patch_causal_lm(model, check=False)
+    if compiled:
+        how = {"checkpointing": checkpointing, "max_autotune": options.max_autotune}
+        compile_model(model, backend=backend, **how)
+    elif checkpointing:
+        _checkpoint_blocks(model.get_base_model(), True)
+    return model.train()
+
+
+def _attention(backend, inner, fixed):
+    """For `auto` where lengths change: flex_attn's own kernels. cuDNN, which `auto` takes for plain
+    causal masks, plans anew for each length: 84 ms on an H200, forward and backward, as often as
+    there are lengths. Where they do not change it is 6% faster at head size 128, slower at 64."""
+    layer = inner.layers[0].self_attn
+    dim = getattr(layer, "head_dim", None)
+    weight = next(inner.parameters())
+    if backend != "auto" or dim is None or not weight.is_cuda or (fixed and dim > 64):
+        return backend
+    q = torch.empty((1, 1, 256, dim), dtype=weight.dtype, device=weight.device)
+    return backend if flex_attn.supports("triton", q, q, q, flex_attn.Mask()) else "triton"
+
+
+def _documents():
+    """Python's own documentation by paragraphs: 1,500 rows of 64 to some 3,000 characters."""
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
+    return [p for p in paragraphs if len(p) >= 64]
+
+
+def load_texts(dataset, tokenizer) -> list[str]:
+    """The rows of a dataset as text; its column is text, or messages for the chat template."""
+    if dataset is None:
+        return _documents()
+    datasets = _import("datasets")
+    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    kinds[".txt"] = "text"
+    kind = kinds.get(Path(dataset).suffix)
+    try:
+        if kind is not None and Path(dataset).is_file():
+            rows = datasets.load_dataset(kind, data_files=dataset, split="train")
+        else:
+            rows = datasets.load_dataset(dataset, split="train")
+    except Exception as error:
+        words = str(error).strip().split("\n")[0][:120]
+        found = f"{dataset!r} ({type(error).__name__}: {words})"
+        need = "a hub id, a directory or a .json, .jsonl, .csv, .parquet or .txt file"
+        raise ValueError(f"dataset: found {found}, need {need}") from None
+    columns = rows.column_names
+    _need(len(rows), "dataset", f"no row in {dataset!r}", "rows")
+    if "text" in columns:
+        return list(rows["text"])
+    found = f"columns {', '.join(columns)}"
+    _need("messages" in columns, "dataset", found, "a column text or messages")
+    need = "one that has a chat template, or a dataset with a column text"
+    _need(tokenizer.chat_template, "tokenizer", "no chat template for messages", need)
+    return [tokenizer.apply_chat_template(m, tokenize=False) for m in rows["messages"]]
+
+
+def tokenise(texts, tokenizer, max_length, packing=False) -> list[dict]:
+    """Rows of input_ids and labels, cut at max_length. packing: several documents to a row, with
+    position_ids that restart, and no label across them."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [tokenizer(text)["input_ids"][: max_length - len(end)] + end for text in texts]
+    ids = [row for row in ids if len(row) > 1]
+    _need(ids, "dataset", "no row of two tokens or more", "text")
+    if not packing:
+        return [{"input_ids": row, "labels": row} for row in ids]
+    rows = []
+    for row in ids:
+        if not rows or len(rows[-1]["input_ids"]) + len(row) > max_length:
+            rows.append({"input_ids": [], "labels": [], "position_ids": []})
+        rows[-1]["input_ids"] += row
+        rows[-1]["labels"] += [chunked_ce.IGNORE, *row[1:]]
+        rows[-1]["position_ids"] += range(len(row))
+    return rows
+
+
+@dataclass
+class Collate:
+    """A batch padded on the right, without a mask: no real token sees what comes after it, and the
+    padding has no labels. One kind of mask is one kind of graph."""
+
+    pad: int
+
+    def __call__(self, rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        values = {"input_ids": self.pad, "labels": chunked_ce.IGNORE, "position_ids": 0}
+        fill = lambda row, name: [*row[name], *[values[name]] * (longest - len(row[name]))]
+        names = [name for name in values if name in rows[0]]
+        return {name: torch.tensor([fill(row, name) for row in rows]) for name in names}
+
+
+def write_checkpoint(directory, config, *, quantised=True, device="cpu", seed=0, dtype=None):
+    """A random model of `config` as transformers would save it, in NF4 or unquantised, with a
+    tokenizer of bytes: what a hub would have. Weights N(0, initializer_range^2)."""
+    transformers, bnb = _import("transformers"), _import("bitsandbytes")
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    dtype = dtype or torch.bfloat16
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantised:
+        for parent in list(model.base_model.layers.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is torch.nn.Linear:
+                    new = bnb.nn.Linear4bit(
+                        layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+                    )
+                    weight = bnb.nn.Params4bit(
+                        layer.weight.data, requires_grad=False, quant_type="nf4", module=new
+                    )
+                    new.weight, new.bias = weight.to(device), layer.bias
+                    setattr(parent, name, new)
+        how = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        model.config.quantization_config = how.to_dict()
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    part = directory / "model.safetensors.part"
+    save_file(state, part, metadata={"format": "pt"})
+    part.replace(directory / "model.safetensors")
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(directory)
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(directory)
+    return directory
+
+
+def _llama(size):
+    """Configurations: Llama 3.2 1B, Llama 3.1 8B, and small ones."""
+    shape = {
+        "tiny": (128, 320, 2, 4, 2, 32, 512, True),
+        "small": (256, 768, 4, 4, 2, 64, 512, True),
+        "1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
+        "8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    }[size]
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads head_dim vocab_size tie_word_embeddings"
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    fields = dict(zip(names.split(), shape, strict=True))
+    return _import("transformers").LlamaConfig(
+        **fields, **ids, max_position_embeddings=8192, rope_parameters=rope
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+@functools.cache
+def _trainer_class():
+    """transformers' Trainer that remembers each micro-batch's loss, unrounded and unsynchronised."""
+    transformers = _import("transformers")
+
+    class Watched(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.seen = collections.deque(maxlen=100_000)  # (step, loss, labels) of micro-batches
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            labels = (inputs["labels"] != chunked_ce.IGNORE).sum()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            self.seen.append((self.state.global_step, loss.detach(), labels))
+            return loss
+
+    return Watched
+
+
+@functools.cache
+def _callback_class():
+    transformers = _import("transformers")
+
+    class Watch(transformers.TrainerCallback):
+        """Ctrl-C ends training after the step in hand, with a checkpoint; the first step's seconds;
+        and from a given step on a recompilation is an error."""
+
+        def __init__(self, strict_from=0):
+            self.stop, self.strict_from, self.strict = False, strict_from, None
+            self.first_s, self.start, self.old, self.marks = math.nan, 0.0, None, {}
+
+        def on_train_begin(self, args, state, control, **_):
+            if state.is_world_process_zero:
+                try:
+                    self.old = signal.signal(signal.SIGINT, self.interrupt)
+                except ValueError:  # not the main thread
+                    self.old = None
+
+        def interrupt(self, *_):
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            words = "stopping after this step with a checkpoint; again: at once"
+            print(f"\ncompile_qlora: {words}", file=sys.stderr, flush=True)
+
+        def on_step_begin(self, args, state, control, **_):
+            if self.strict_from and state.global_step >= self.strict_from and not self.strict:
+                self.strict = no_recompiles()
+                self.strict.__enter__()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            last = self.stop or state.global_step >= state.max_steps
+            if math.isnan(self.first_s) or last or state.global_step == state.max_steps // 2:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.marks[state.global_step] = time.perf_counter()
+            if math.isnan(self.first_s):
+                self.first_s = time.perf_counter() - self.start
+            if self.stop:
+                control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **_):
+            self.restore()
+
+        def restore(self):
+            if self.old is not None:
+                signal.signal(signal.SIGINT, self.old)
+                self.old = None
+            if self.strict:
+                self.strict.__exit__(None, None, None)
+                self.strict = None
+
+    return Watch
+
+
+class Run(NamedTuple):
+    """What training with one stack gave."""
+
+    stack: str
+    losses: list[float]  # one an optimizer step
+    first_s: float  # seconds of the first optimizer step, compilation included
+    tokens_per_s: float  # labels a second over the second half of the steps
+    peak_gib: dict[str, float]  # of GPU memory: loaded, training
+    report: list[str]
+    interrupted: bool
+    compiled: Compiled | None
+    trainer: object
+
+
+def train(stack, path, options, args, *, save=False, resume=None, backend="inductor") -> Run:
+    """Trains `path` with one of STACKS through Trainer. The same seed gives the same LoRA weights
+    and the same order of the data in every stack."""
+    transformers = _import("transformers")
+    _reset()
+    device = args.device
+    dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+    transformers.set_seed(args.seed)
+    model, tokenizer = load(path, stack, options, dtype, device)
+    texts = load_texts(options.dataset, tokenizer)
+    rows = tokenise(texts, tokenizer, options.max_length, options.packing)
+    args = _plain_arguments(args, stack, save)
+    checkpointing = _take_checkpointing(args)
+    fixed = len({len(row["input_ids"]) for row in rows}) == 1
+    prepare(model, stack, options, checkpointing=checkpointing, fixed=fixed, backend=backend)
+    loaded = _peak_gib(reset=True)
+    watch = _callback_class()(options.error_on_recompile)
+    trainer = _trainer_class()(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=Collate(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    before = len(_metrics())
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        watch.restore()
+    if save and not watch.stop:
+        trainer.save_model()
+    compiled = getattr(model, "compiled_regions", None)
+    report = compiled.report() if compiled else _foreign_report(before) if "hf_b" in stack else []
+    steps, (*_, begin, end) = {}, (0, 0, *watch.marks)
+    for step, loss, _ in trainer.seen:
+        steps[step] = steps.get(step, 0.0) + float(loss)
+    tokens = sum(int(labels) for step, _, labels in trainer.seen if begin <= step < end)
+    rate = tokens / (watch.marks[end] - watch.marks[begin]) if begin in watch.marks else math.nan
+    memory = {"loaded": loaded, "training": _peak_gib()}
+    losses = list(steps.values())
+    return Run(stack, losses, watch.first_s, rate, memory, report, watch.stop, compiled, trainer)
+
+
+CHECKPOINTING = (
+    "activation_checkpointing",
+    "gradient_checkpointing",
+)  # since transformers 5.2, before
+
+
+def _take_checkpointing(args) -> bool:
+    """Whether it is asked for; and Trainer does not switch it on itself."""
+    names = [name for name in CHECKPOINTING if hasattr(args, name)]
+    wanted = any(getattr(args, name) for name in names)
+    for name in names:
+        setattr(args, name, False)
+    return bool(wanted)
+
+
+def _checkpoint_blocks(model, on):
+    """transformers' own checkpointing of a model's blocks."""
+    do = "enable" if on else "disable"
+    method = next(m for n in CHECKPOINTING if (m := getattr(model, f"{n}_{do}", None)))
+    method({"use_reentrant": False}) if on else method()
+
+
+def _plain_arguments(args, stack, save):
+    """A copy of TrainingArguments for one stack. transformers' own torch_compile is taken over:
+    Trainer would compile the whole model around our regions."""
+    import copy
+
+    args = copy.copy(args)
+    args.torch_compile = False
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+    args.report_to = args.report_to if save else []
+    if not save:
+        args.save_strategy = "no"
+        args.output_dir = os.path.join(args.output_dir, stack)
+    args.label_names = ["labels"]
+    return args
+
+
+def _foreign_report(before):
+    entries = [e for e in _metrics()[before:] if e.co_name and e.is_forward]
+    seconds = sum((e.duration_us or 0) / 1e6 for e in entries)
+    broken = _breaks()
+    lines = [
+        f"compiled: {len(entries)} Dynamo graphs, graph breaks {sum(broken.values())}; {seconds:.1f} s"
+    ]
+    return lines + [f"  graph break x{n}: {reason}" for reason, n in broken.items()]
+
+
+def _reset():
+    """Nothing compiled, counted or allocated by an earlier run counts for the next."""
+    gc.collect()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib(reset=False):
+    if not torch.cuda.is_available():
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / GIB
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def difference(a, b):
+    """The largest relative difference of two loss curves."""
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Self-test: `pytest compile_qlora.py` runs the same functions
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _needs_gpu(gib=0):
+    found = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory / GIB
+    if not found or found < gib:
+        raise unittest.SkipTest(f"needs a CUDA GPU{f' with {gib} GiB' if gib else ''}")
+
+
+@functools.cache
+def _folder():
+    return tempfile.TemporaryDirectory(prefix="compile_qlora_")
+
+
+def _checkpoint(name="tiny", config=None, quantised=False, dtype=torch.float32):
+    """A checkpoint of a small model, written once a process."""
+    directory = Path(_folder().name) / f"{name}-{quantised}-{dtype}".replace("torch.", "")
+    if not (directory / "config.json").exists():
+        config = config or _llama(name)
+        write_checkpoint(directory, config, quantised=quantised, dtype=dtype, device=_device())
+    return str(directory)
+
+
+def _model(stack, path=None, dtype=torch.float32, backend="aot_eager", checkpointing=False, **more):
+    """A model with LoRA whose B is not zero, or half the gradients would be."""
+    _reset()
+    path = path or _checkpoint()
+    torch.manual_seed(1)
+    options = Options(lora_r=8, lora_alpha=16, **more)
+    model, _ = load(path, stack, options, dtype, _device())
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    return prepare(model, stack, options, checkpointing=checkpointing, backend=backend)
+
+
+def _ids(rows, length, seed=0, vocab=512):
+    generator = torch.Generator().manual_seed(seed + 1000 * rows + length)
+    return torch.randint(0, vocab, (rows, length), generator=generator).to(_device())
+
+
+def _step(model, ids, dtype=torch.float32, scale=1.0, **more):
+    """(loss, gradients) of one step."""
+    model.zero_grad()
+    half = dtype != torch.float32
+    with torch.autocast(_device(), dtype, enabled=half):
+        value = model(input_ids=ids, labels=ids, **more).loss
+    (value * scale).backward()
+    grads = {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}
+    return value.item(), grads
+
+
+def _apart(got, want) -> float:
+    """The largest relative error of gradients."""
+    assert got.keys() == want.keys(), set(got) ^ set(want)
+    return max(((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-9)).item() for n in want)
+
+
+def _families():
+    transformers = _import("transformers")
+    small = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 512}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    small |= {"tie_word_embeddings": False, "head_dim": 32, **ids}
+    return {
+        "llama": transformers.LlamaConfig(**small),
+        "mistral": transformers.MistralConfig(**small, sliding_window=24),
+        "qwen2": transformers.Qwen2Config(**{k: v for k, v in small.items() if k != "head_dim"}),
+        "qwen3": transformers.Qwen3Config(**small),
+        "gemma2": transformers.Gemma2Config(**small, sliding_window=24, query_pre_attn_scalar=32),
+    }
+
+
+def test_families_equal_transformers():
+    for name, config in _families().items():
+        path = _checkpoint(name, config)
+        stock = _model("hf", path)
+        models = [_model("ours", path), _model("ours_compiled", path)]
+        limit = {"gemma2": 6}.get(name, 5)  # two kinds of blocks alternate
+        for rows, length in ((2, 40), (3, 57)):
+            ids = _ids(rows, length)
+            loss_, grads = _step(stock, ids)
+            for model in models:
+                got = _step(model, ids)
+                assert abs(got[0] - loss_) < 2e-5 * loss_, (name, got[0], loss_)
+                assert _apart(got[1], grads) < 2e-4, (name, _apart(got[1], grads))
+        graphs = models[1].compiled_regions.graphs()
+        assert len(graphs) == limit and not _breaks(), (name, graphs, _breaks())
+
+
+def test_one_compilation_for_all_lengths_and_batch_sizes():
+    """Through inductor: 14 lengths, batches of 1 to 5; after the warm-up nothing is compiled."""
+    stock, model = _model("hf"), None
+    for checkpointing in (False, True):
+        model = _model("ours_compiled", backend="inductor", checkpointing=checkpointing)
+        for rows, length in ((2, 33), (1, 48)):
+            _step(model, _ids(rows, length))
+        graphs = model.compiled_regions.graphs()
+        with no_recompiles():
+            lengths = (2, 3, 8, 17, 31, 32, 40, 64, 77, 100, 127, 128, 160, 201)
+            for i, length in enumerate(lengths):
+                _step(model, _ids(1 + i % 5, length))
+        assert model.compiled_regions.graphs() == graphs
+        assert [g.region for g in graphs] == [
+            "embedding",
+            "rotary",
+            "block",
+            "norm",
+            "loss",
+            "block",
+        ]
+        assert sum(g.backward for g in graphs) == 4 and len(graphs) <= 6, graphs
+        assert not _breaks()
+        for rows, length in ((4, 50), (1, 90)):
+            loss_, grads = _step(stock, _ids(rows, length))
+            got = _step(model, _ids(rows, length))
+            assert abs(got[0] - loss_) < 2e-5 * loss_ and _apart(got[1], grads) < 2e-4
+
+
+def _kept_bytes(model, ids):
+    """Bytes that autograd keeps between forward and backward, parameters apart."""
+    kept, known = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = model(input_ids=ids, labels=ids).loss
+    value.backward()
+    return sum(kept.values())
+
+
+def test_checkpointing_keeps_inputs_alone():
+    ids = _ids(4, 200)
+    kept = {}
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        model = _model("ours_compiled", checkpointing=checkpointing)
+        _step(model, ids)
+        kept[name] = _kept_bytes(model, ids)
+    config = model.config
+    tokens, hidden = ids.numel() * 4, config.hidden_size  # float32
+    inputs = (config.num_hidden_layers + 2) * tokens * hidden  # of blocks, norm and loss
+    assert kept["checkpointed"] < 1.6 * inputs, (kept, inputs)
+    # and without it no dequantised weight, no activation of the MLP beyond gate and up
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    block = 4 * hidden + 2 * config.intermediate_size + 2 * heads * config.head_dim
+    assert kept["plain"] < inputs + 1.2 * config.num_hidden_layers * tokens * block, kept
+
+
+def test_projections_equal_float64():
+    """Groups and single layers, biases, uneven ranks, layers without LoRA, every dtype."""
+    peft = _import("peft")
+    config = _families()["qwen2"]
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        for targets, patterns in (
+            (TARGETS, {"k_proj": 4, "up_proj": 16, "down_proj": 3}),
+            (("q_proj", "v_proj", "down_proj"), {}),
+            (("gate_proj",), {"gate_proj": 160}),
+        ):
+            torch.manual_seed(3)
+            path = _checkpoint("qwen2", config)
+            options = Options()
+            model, _ = load(path, "hf", options, dtype, _device())
+            model = model.unload()
+            lora = peft.LoraConfig(
+                r=8, lora_alpha=16, target_modules=list(targets), rank_pattern=patterns
+            )
+            layer = peft.get_peft_model(model, lora).base_model.model.model.layers[0].train()
+            for p in layer.parameters():
+                if p.requires_grad or p.ndim == 1:
+                    torch.nn.init.normal_(p, std=0.1)
+            fuse(layer)
+            for x_shape in ((2, 19, 64), (1, 64), (130, 64)):
+                x = torch.randn(x_shape, device=_device()).to(dtype).requires_grad_()
+                for part in (layer.mlp, layer.self_attn.q_proj, layer.self_attn.o_proj):
+                    y = part(x)
+                    group = getattr(part, "_qlora", None)
+                    if isinstance(group[0], _Group) and len(group[0].modules) > 1:
+                        others = [m(x) for m in group[0].modules[1:]]
+                        y = torch.cat([y, *others], -1)
+                    w = torch.randn_like(y)
+                    leaves = [p for p in layer.parameters() if p.requires_grad]
+                    got = torch.autograd.grad(y, [x, *leaves], w, allow_unused=True)
+                    x64 = x.detach().double().requires_grad_()
+                    want_y, names = _float64(part, x64)
+                    want = torch.autograd.grad(want_y, [x64, *names.values()], w.double())
+                    assert _close(y, want_y, limit), (dtype, targets, part)
+                    assert _close(got[0], want[0], limit), (dtype, targets, part)
+                    by_id = dict(zip(map(id, leaves), got[1:], strict=True))
+                    for p, grad in zip(names, want[1:], strict=True):
+                        assert _close(by_id[id(p)], grad, limit), (dtype, targets, part)
+
+
+def _close(got, want, limit):
+    return (got.double() - want).norm() <= limit * want.norm() + 1e-12
+
+
+def _float64(part, x):
+    """(output, {parameter: its float64 leaf}) of an MLP or a group of projections, in float64."""
+    leaves = {}
+
+    def leaf(p):
+        return leaves.setdefault(p, p.detach().double().requires_grad_())
+
+    def linear(module, x):
+        base = getattr(module, "base_layer", module)
+        y = x @ dequantize_nf4(base.weight, base.weight.quant_state).double().t()
+        y = y if base.bias is None else y + base.bias.double()
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            y = y + x @ leaf(a).t() @ leaf(b).t() * module.scaling["default"]
+        return y
+
+    if hasattr(part, "gate_proj"):
+        gate = linear(part.gate_proj, x)
+        out = linear(part.down_proj, F.silu(gate) * linear(part.up_proj, x))
+    else:
+        out = torch.cat([linear(m, x) for m in part._qlora[0].modules], -1)
+    return out, leaves
+
+
+def _gated_case(n, m, ranks, dtype, seed, activation):
+    """(arguments of gated_grads, float64 (act, dy)) for n rows of m; ranks of gate, up, down."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *s: torch.randn(*s, generator=generator).mul(0.5).to(_place(), dtype)
+    rank = ranks[0] + ranks[1]
+    both = make(n, 2 * m + rank)  # as the product leaves them: one below the other in a row
+    y, xa = both.split([2 * m, rank], -1)
+    b = torch.block_diag(make(m, ranks[0]), make(m, ranks[1]))
+    dact, ga, a = make(n, m), make(n, ranks[2]), make(ranks[2], m)
+    sums = y.double() + xa.double() @ b.double().t()
+    gate, up = (t.detach().requires_grad_() for t in sums.chunk(2, -1))
+    act = ACTIVATIONS[activation](gate) * up
+    grad = dact.double() + ga.double() @ a.double()
+    dy = torch.cat(torch.autograd.grad(act, (gate, up), grad), -1)
+    return (y, xa, b, dact, ga, a, list(ranks), activation), (act.detach(), dy)
+
+
+def _place():
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else _device()
+
+
+def _check_gated(dtypes):
+    shapes = (
+        (70, 130, (8, 4, 5)),
+        (1, 16, (0, 0, 0)),
+        (65, 257, (0, 48, 32)),
+        (600, 64, (16, 16, 0)),
+    )
+    for dtype, limit in dtypes.items():
+        for activation in ACTIVATIONS:
+            for seed, (n, m, ranks) in enumerate(shapes):
+                args, (act, dy) = _gated_case(n, m, ranks, dtype, seed, activation)
+                y, xa, b, dact, *_ = args
+                assert _close(gated(y, xa, b, [*ranks[:2], 0], activation), act, limit)
+                got = gated_grads(*args)
+                assert _close(got[0], dy, limit) and _close(got[1], act, limit), (
+                    dtype,
+                    n,
+                    m,
+                    ranks,
+                )
+                gated_grads_(*args)  # over y and dact
+                assert torch.equal(y, got[0]) and torch.equal(dact, got[1])
+
+
+def test_gated_kernel_under_interpreter():
+    """The Triton kernel itself, on CPU tensors. (A dot of bfloat16 is beyond the interpreter.)"""
+    code = "import torch, compile_qlora as c; assert c._by_kernel(torch.empty(1).half()); "
+    code += "c._check_gated({torch.float16: 1e-3})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    folder = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    _check_gated({torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3})  # the other path
+
+
+def test_gpu_gated_kernel():
+    _needs_gpu()
+    _check_gated({torch.bfloat16: 1e-2, torch.float16: 1e-3})
+    stream = torch.cuda.Stream()
+    args, (act, dy) = _gated_case(3000, 1000, (64, 40, 8), torch.bfloat16, 9, "silu")
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = gated_grads(*args)
+    stream.synchronize()
+    assert _close(got[0], dy, 1e-2) and _close(got[1], act, 1e-2)
+
+
+def test_gated_kernel_compiles_for_every_gpu():
+    """sm_75 (T4) to sm_100, half precisions, both directions, without spilled registers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    pointers = ("y", "xa", "b", "act", "dact", "ga", "a", "dy")
+    numbers = ("n", "width", "y_pitch", "xa_pitch", "b_pitch", "dy_pitch")
+    limits = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227}  # KiB of shared memory of a program
+    for sm, limit in limits.items():
+        for dtype in ("fp16", "bf16") if sm > 75 else ("fp16",):
+            for backward, k in ((False, 64), (True, 32), (True, FUSED_RANK)):
+                m, cols, warps, steps, stages = _tiles(sm)
+                constants = {"GATE": k, "UP": k, "DOWN": k, "K": k, "GELU": False}
+                constants |= {"BACKWARD": backward, "M": m, "N": cols}
+                constants |= {"STEPS": steps, "STAGES": stages}
+                signature = {f"{name}_ptr": f"*{dtype}" for name in pointers}
+                signature |= dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
+                aligned = [["tt.divisibility", 16]]
+                attributes = {(i,): aligned for i in range(len(pointers) + len(numbers))}
+                source = ASTSource(_gated_kernel, signature, constants, attributes)
+                target = GPUTarget("cuda", sm, 32)
+                made = triton.compile(source, target=target, options={"num_warps": warps})
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(made.asm["cubin"])
+                    file.flush()
+                    command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+                    usage = subprocess.run(
+                        command, capture_output=True, text=True, check=True
+                    ).stdout
+                spilled = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+                assert spilled and not any(spilled), (sm, dtype, backward, usage[-200:])
+                assert made.metadata.shared <= limit * 1024, (sm, k, made.metadata.shared)
+
+
+def test_bitsandbytes_operator_and_quantised_checkpoint():
+    ids = _ids(2, 45)
+    loss_, grads = _step(_model("hf"), ids)
+    ready = _checkpoint(quantised=True)
+    for more in ({"dequant": "bnb"}, {"path": ready}, {"path": ready, "dequant": "bnb"}):
+        for stack in ("ours", "ours_compiled"):
+            got = _step(_model(stack, **more), ids)
+            assert abs(got[0] - loss_) < 2e-5 * loss_ and _apart(got[1], grads) < 2e-4, (
+                stack,
+                more,
+            )
+        assert not _breaks()
+
+
+def test_dropout_adapters_and_evaluation():
+    """What takes PEFT's own path, and what changes between two calls, is right compiled too."""
+    ids = _ids(2, 37)
+    values = []
+    for stack in ("hf", "ours", "ours_compiled", "checkpointed"):
+        checkpointing = stack == "checkpointed"
+        stack = "ours_compiled" if checkpointing else stack
+        model = _model(stack, lora_dropout=0.2, checkpointing=checkpointing)
+        torch.manual_seed(5)
+        trained = _step(model, ids)
+        torch.manual_seed(6)
+        other = _step(model, ids)[0]
+        with torch.no_grad():
+            evaluated = model.eval()(input_ids=ids, labels=ids).loss.item()
+            with model.disable_adapter():
+                bare = model(input_ids=ids, labels=ids).loss.item()
+        values.append((trained[0], other, evaluated, bare, trained[1]))
+    assert not _breaks()
+    want = values[0]
+    assert len({round(v, 4) for v in want[:4]}) == 4, want[:4]  # each of the four matters
+    for got in values[1:]:
+        for a, b in zip(got[:4], want[:4], strict=True):
+            assert abs(a - b) < 2e-5 * b, (got[:4], want[:4])
+        assert _apart(got[4], want[4]) < 2e-4
+
+
+def test_half_precision_with_a_scaled_loss():
+    """fp16 as on a T4, and bf16: products in half precision, loss scaled, gradients finite."""
+    ids = _ids(2, 60)
+    truth = _step(_model("hf"), ids)
+    for dtype, scale, limit in ((torch.float16, 2.0**10, 2e-2), (torch.bfloat16, 1.0, 8e-2)):
+        plain = _apart(_step(_model("hf", dtype=dtype), ids, dtype, scale)[1], truth[1])
+        for checkpointing in (False, True):
+            model = _model("ours_compiled", dtype=dtype, checkpointing=checkpointing)
+            got = _step(model, ids, dtype, scale)
+            assert abs(got[0] - truth[0]) < 5e-3 * truth[0]
+            assert _apart(got[1], truth[1]) < max(limit, 1.5 * plain), (dtype, plain)
+
+
+def test_packed_documents_keep_apart():
+    lengths = (30, 5, 41)
+    documents = [_ids(1, n, seed=n)[0].tolist() for n in lengths]
+    model = _model("ours_compiled")
+    tokens = sum(n - 1 for n in lengths)
+    want = sum(
+        model(input_ids=row, labels=row).loss.item() * (row.shape[1] - 1)
+        for row in (torch.tensor([d], device=_device()) for d in documents)
+    )
+
+    class Tokenizer:
+        eos_token_id = None
+        __call__ = staticmethod(lambda text: {"input_ids": text})
+
+    (row,) = tokenise(documents, Tokenizer(), 100, packing=True)
+    short = tokenise(documents, Tokenizer(), 50, packing=True)
+    assert [len(r["input_ids"]) for r in short] == [35, 41]
+    batch = Collate(258)([row, short[0]])
+    assert batch["input_ids"].shape == (2, sum(lengths)) and (batch["labels"][1, 35:] == -100).all()
+    batch = {k: v[:1].to(_device()) for k, v in batch.items()}
+    got = model(**batch).loss.item() * tokens
+    assert abs(got - want) < 1e-4 * want, (got, want)
+
+
+def test_loss_curve_through_trainer():
+    """30 steps, accumulation, rows of many lengths: eager, compiled, checkpointed, and packed."""
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 30}
+    options = Options(max_length=96, lora_r=8)
+    strict = Options(max_length=96, lora_r=8, error_on_recompile=2)
+    args = _arguments(**args, learning_rate=2e-3)
+    path = _checkpoint()
+    eager = train("hf", path, options, args).losses
+    with _other_order():
+        control = train("hf", path, options, args).losses
+    run = train("ours_compiled", path, strict, args, backend="aot_eager")
+    assert len(run.losses) == 30 and run.losses[-1] < run.losses[0] - 0.2, run.losses
+    assert len(run.compiled.graphs()) == 5 and not _breaks()
+    args.gradient_checkpointing = True
+    saved = train("ours_compiled", path, strict, args, backend="aot_eager").losses
+    noise = max(difference(eager, control), 1e-6)  # float32: a unit in the last place is 1e-7
+    assert difference(eager, run.losses) < 10 * noise, (difference(eager, run.losses), noise)
+    assert difference(eager, saved) < 10 * noise
+    strict.packing = options.packing = True
+    want = train("ours", path, options, args).losses
+    packed = train("ours_compiled", path, strict, args, backend="aot_eager")
+    assert difference(want, packed.losses) < 10 * noise
+    assert len(packed.compiled.graphs()) <= 6, packed.compiled.graphs()
+
+
+def test_interrupted_and_resumed():
+    """Ctrl-C in the third of six steps saves a checkpoint; what is resumed has the same losses."""
+    folder = tempfile.mkdtemp(prefix="compile_qlora_run_")
+    common = {"per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-3}
+    args = _arguments(**common, output_dir=folder, save_strategy="steps", save_steps=100)
+    options, path = Options(max_length=64, lora_r=8), _checkpoint()
+    go = functools.partial(train, "ours_compiled", path, options, backend="aot_eager")
+    whole = go(args).losses
+    trainer = _trainer_class()
+    stock = trainer.training_step
+
+    def interrupting(self, *a, **k):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(self, *a, **k)
+
+    trainer.training_step = interrupting
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        cut = go(args, save=True)
+    finally:
+        trainer.training_step = stock
+    assert cut.interrupted and cut.losses == whole[:3], (cut.losses, whole)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (Path(folder) / "checkpoint-3" / "adapter_model.safetensors").exists()
+    rest = go(args, save=True, resume=True)
+    assert rest.losses == whole[3:], (rest.losses, whole)
+    assert (Path(folder) / "adapter_model.safetensors").exists()
+
+
+def test_a_graph_break_is_named():
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return F.relu(x)
+
+    model, _ = load(_checkpoint(), "ours", Options(lora_r=8), torch.float32, _device())
+    model.get_base_model().model.layers[0].mlp.act_fn = Breaks()
+    prepare(model, "ours_compiled", Options(), backend="eager")
+    try:
+        _step(model, _ids(1, 20))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        assert "graph_break" in str(error), error
+    else:
+        raise AssertionError("a graph break went unnoticed")
+
+
+def _refused(*argv):
+    """(exit code, the one line on stderr) of main."""
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(argv))
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("compile_qlora: ")]
+    assert out.getvalue().splitlines()[-1].startswith("RESULT compile_qlora FAIL"), out.getvalue()
+    return code, lines
+
+
+def test_bad_input_is_one_line():
+    folder = Path(_folder().name)
+    transformers = _import("transformers")
+    transformers.T5Config(d_model=16, num_layers=1).save_pretrained(folder / "t5")
+    bert = transformers.BertConfig(hidden_size=16, architectures=["BertForMaskedLM"])
+    bert.save_pretrained(folder / "bert")
+    (folder / "wrong.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    (folder / "broken.jsonl").write_text('{"text": \n')
+    path = _checkpoint()
+    common = ("--output_dir", str(folder / "out"), "--use_cpu", "true", "--stacks", "ours_compiled")
+    cases = (
+        (("--model", str(folder / "none")), "model: found", "config.json"),
+        (("--model", str(folder / "t5")), "T5", "causal"),
+        (("--model", str(folder / "bert")), "BertForMaskedLM", "causal"),
+        (("--model", path, "--dataset", str(folder / "wrong.jsonl")), "prompt, answer", "messages"),
+        (("--model", path, "--dataset", str(folder / "chat.jsonl")), "chat template", "text"),
+        (("--model", path, "--dataset", str(folder / "broken.jsonl")), "dataset", ".jsonl"),
+        (("--model", path, "--dataset", str(folder / "no.jsonl")), "dataset", ".jsonl"),
+        (("--model", path, "--max_length", "10000"), "10000", "8192 at most"),
+        (("--model", path, "--torch_compile_backend", "nonesuch"), "nonesuch", "inductor"),
+        (("--model", path, "--stacks", "theirs"), "theirs", "ours_compiled"),
+        (("--model", path, "--attention", "nonesuch"), "nonesuch", "sdpa"),
+        (("--model", path, "--dequant", "nonesuch"), "nonesuch", "bnb"),
+    )
+    for argv, *words in cases:
+        code, lines = _refused(*common, *argv)
+        assert code == 2 and len(lines) == 1 and all(w in lines[0] for w in words), (argv, lines)
+    config = _families()["llama"]
+    config.attention_dropout = 0.1
+    code, lines = _refused(*common, "--model", _checkpoint("dropout", config))
+    assert code == 2 and "attention_dropout" in lines[0], lines
+
+
+def test_command_line_trains():
+    """A run as users type it: a data file, messages for a template, adapter and log written."""
+    folder = Path(tempfile.mkdtemp(prefix="compile_qlora_run_"))
+    rows = [json.dumps({"text": text[:200]}) for text in _documents()[:40]]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    argv = f"--model {_checkpoint()} --dataset {folder}/data.jsonl --output_dir {folder}/out "
+    argv += "--max_length 64 --max_steps 3 --per_device_train_batch_size 2 --use_cpu true "
+    argv += (
+        "--stacks ours_compiled --torch_compile_backend aot_eager --lora_r 8 --disable_tqdm true "
+    )
+    argv += f"--json {folder}/out.json --packing true --gradient_checkpointing true"
+    assert main(argv.split()) == 0
+    assert len(json.loads((folder / "out.json").read_text())["ours_compiled"]["losses"]) == 3
+    assert (folder / "out" / "adapter_model.safetensors").exists()
+
+
+def test_gpu_trainer_in_half_precision():
+    """On a GPU through inductor: bf16, and fp16 with Trainer's GradScaler, against eager."""
+    _needs_gpu()
+    path = _checkpoint("small", dtype=torch.bfloat16)
+    for half in ("bf16", "fp16"):
+        for checkpointing in (False, True):
+            more = {half: True, "gradient_checkpointing": checkpointing, "max_steps": 30}
+            args = _arguments(per_device_train_batch_size=2, learning_rate=1e-3, **more)
+            options = Options(max_length=512, error_on_recompile=2)
+            eager = train("hf", path, options, args).losses
+            with _other_order():
+                noise = difference(eager, train("hf", path, options, args).losses)
+            run = train("ours_compiled", path, options, args)
+            assert difference(eager, run.losses) < max(5 * noise, 2e-3), (half, noise)
+            assert len(run.compiled.graphs()) == 5 and not _breaks()
+
+
+def test_gpu_max_autotune():
+    _needs_gpu()
+    model = _model("ours_compiled", dtype=torch.bfloat16, backend="inductor", max_autotune=True)
+    loss_, _ = _step(model, _ids(4, 256), torch.bfloat16)
+    compiled = model.compiled_regions
+    assert math.isfinite(loss_)
+    assert sum(compiled.winners.values()) or "skips" in compiled._tuning(), compiled._tuning()
+
+
+# --------------------------------------------------------------------------------------------------
+# The comparison: the same seed, data and steps in every stack
+
+
+@contextlib.contextmanager
+def _other_order():
+    """Attention by SDPA's math kernel: the same sums in another order."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def compare(path, stacks, options, args, *, save=False, resume=None, backend="inductor"):
+    """Trains with every stack and prints what differs. ({stack: Run}, results); saves the last
+    stack's checkpoints and adapter if `save`."""
+    runs, results = {}, {}
+    for i, stack in enumerate(stacks):
+        last = i == len(stacks) - 1
+        more = {"save": save and last, "resume": resume if last else None, "backend": backend}
+        run = runs[stack] = train(stack, path, options, args, **more)
+        memory = run.peak_gib
+        peak = f"peak {memory['training']:.2f} GiB (loaded {memory['loaded']:.2f})"
+        print(
+            f"{stack:<14} {len(run.losses)} steps, loss {run.losses[0]:.4f} to "
+            f"{run.losses[-1]:.4f}; first step {run.first_s:.1f} s; {run.tokens_per_s:.0f} "
+            f"labels/s; {peak if torch.cuda.is_available() else 'on a CPU'}",
+            flush=True,
+        )
+        print(*(f"  {line}" for line in run.report), sep="\n", flush=True)
+        results[stack] = {
+            "losses": run.losses,
+            "first_s": run.first_s,
+            "labels_per_s": run.tokens_per_s,
+            "peak_gib": memory["training"],
+        }
+        if run.interrupted:
+            break
+        run.trainer.model = None
+    if len(runs) > 1 and not any(run.interrupted for run in runs.values()):
+        results["differences"] = _print_curves(runs, path, options, args)
+    return runs, results
+
+
+def _print_curves(runs, path, options, args):
+    for stack, run in runs.items():
+        for i in range(0, len(run.losses), 10):
+            values = " ".join(f"{x:.5f}" for x in run.losses[i : i + 10])
+            print(f"loss {stack:<14} from step {i + 1:<4} {values}")
+    stacks = list(runs)
+    found = {}
+    for i, a in enumerate(stacks):
+        for b in stacks[i + 1 :]:
+            found[f"{a} to {b}"] = difference(runs[a].losses, runs[b].losses)
+    if "hf" in runs and len(runs["hf"].losses) > 1:
+        config = runs["hf"].trainer.processing_class and _causal_config(path).get_text_config()
+        if not getattr(config, "attn_logit_softcapping", None):
+            with _other_order():
+                again = train("hf", path, options, args)
+            found["hf to hf in another order"] = difference(runs["hf"].losses, again.losses)
+    for name, value in found.items():
+        print(f"largest relative difference of the losses, {name}: {value:.2e}", flush=True)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Timings: every stack in a process of its own, on the same random tokens
+
+
+def flops_per_token(config, length, lora_r, backward=True) -> float:
+    """Model FLOPs a token: 2 for each frozen weight forward and 2 for the gradient of its input (it
+    has none of its own), 6 for each LoRA weight, attention's two products over the length / 2 keys
+    that a token sees on average (backward: twice that), and the head like a frozen weight."""
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    shapes = [(hidden, heads * dim), (hidden, kv * dim), (hidden, kv * dim), (heads * dim, hidden)]
+    shapes += [(hidden, inner)] * 2 + [(inner, hidden)]
+    frozen = sum(a * b for a, b in shapes) * config.num_hidden_layers + hidden * config.vocab_size
+    lora = sum(a + b for a, b in shapes) * lora_r * config.num_hidden_layers
+    attention = 4 * heads * dim * (length / 2) * config.num_hidden_layers
+    return (4 * frozen + 6 * lora + 3 * attention) if backward else 2 * (frozen + lora) + attention
+
+
+def _unsloth(path, length, checkpointing):
+    language = _import("unsloth").FastLanguageModel
+    model, _ = language.from_pretrained(
+        path, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    how = "unsloth" if checkpointing else False
+    lora = {"r": 32, "lora_alpha": 64, "lora_dropout": 0, "bias": "none", "random_state": 0}
+    return language.get_peft_model(
+        model, **lora, target_modules=list(TARGETS), use_gradient_checkpointing=how
+    ).train()
+
+
+GROUPS_OF_KERNELS = {
+    "attention": r"sdpa|flash|fmha|cudnn|_forward_kernel|_dq_kernel|_dkv_kernel|softmax_warp",
+    "LoRA added in place": r"badd",
+    "matrix products": r"nvjet|gemm|cutlass|splitK|xmma",
+    "dequantisation": r"_nf4_kernel|kDequantize",
+    "gated activation": r"_gated_kernel",
+    "loss by rows": r"_row_kernel|cross_entropy",
+    "optimizer": r"multi_tensor|[Aa]dam",
+    "inductor's kernels": r"^triton_",
+}
+
+
+def _by_group(step):
+    """Milliseconds on the device of one step, by group of kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+    groups = collections.Counter()
+    for event in profiled.key_averages():
+        names = (g for g, pattern in GROUPS_OF_KERNELS.items() if re.search(pattern, event.key))
+        groups[next(names, "other")] += event.self_device_time_total / 1e3
+    return dict(groups.most_common())
+
+
+def _phases(model, batch, optimizer):
+    """Peak GiB while each part of a step runs."""
+    peaks = {"weights": torch.cuda.memory_allocated() / GIB}
+    torch.cuda.reset_peak_memory_stats()
+    value = _loss_of(model, batch)
+    peaks["forward"] = _peak_gib(reset=True)
+    value.backward()
+    peaks["backward"] = _peak_gib(reset=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    peaks["optimizer"] = _peak_gib()
+    return peaks
+
+
+def _loss_of(model, batch):
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        return model(**batch).loss
+
+
+def worker(spec: dict) -> dict:
+    """One stack in this process: {path, stack, checkpointing, batch, length, steps, ...}."""
+    stack, device = spec["stack"], _device()
+    begin = time.perf_counter()
+    if stack == "unsloth":
+        model = _unsloth(spec["path"], spec["length"], spec["checkpointing"])
+        config = model.config
+    else:
+        options = Options(max_length=spec["length"], max_autotune=spec.get("max_autotune", False))
+        torch.manual_seed(0)
+        model, _ = load(spec["path"], stack, options, torch.bfloat16, device)
+        how = {"checkpointing": spec["checkpointing"], "fixed": True}
+        config = prepare(model, stack, options, **how).config
+    load_s = time.perf_counter() - begin
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=device == "cuda")
+    generator = torch.Generator().manual_seed(1)
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sizes = spec["batch"], spec["length"]
+
+    def make():
+        ids = torch.randint(0, config.vocab_size, sizes, generator=generator).to(device)
+        mask = {} if stack.startswith("ours") else {"attention_mask": torch.ones_like(ids)}
+        return {"input_ids": ids, "labels": ids, **mask}
+
+    def step():
+        batch = make()
+        sync()
+        start = time.perf_counter()
+        value = _loss_of(model, batch)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sync()
+        return time.perf_counter() - start, value.item()
+
+    _reset()
+    before = len(_metrics())
+    times, losses = zip(*(step() for _ in range(spec["steps"])), strict=True)
+    seconds = statistics.median(times[-6:])
+    result = {
+        **{k: spec[k] for k in ("name", "stack", "checkpointing", "batch", "length")},
+        "tokens_per_s": sizes[0] * sizes[1] / seconds,
+        "step_ms": seconds * 1e3,
+        "first_s": times[0],
+        "load_s": load_s,
+        "peak_gib": _peak_gib(),
+        "losses": losses,
+    }
+    compiled = getattr(model, "compiled_regions", None)
+    report = compiled.report() if compiled else _foreign_report(before) if "hf_b" in stack else []
+    result["report"] = report
+    per_token = flops_per_token(config, sizes[1], 32)
+    result["tflops"] = result["tokens_per_s"] * per_token / 1e12
+    if device == "cuda":
+        result["phases_gib"] = _phases(model, make(), optimizer)
+        if spec.get("profile"):
+            result["groups_ms"] = _by_group(step)
+    return result
+
+
+def _spawn(spec, gpu=None, cache=None):
+    """worker(spec) in a process of its own; {"error": its last line} if it fails."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"UNSLOTH_DISABLE_STATISTICS": "1"}
+    env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    env |= {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache}
+    command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps(spec)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("WORKER "):
+            return json.loads(line[7:])
+    words = (done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}").splitlines()
+    return {**spec, "error": words[-1][:200]}
+
+
+def _say_result(r):
+    mode = "checkpointing" if r["checkpointing"] else "no checkpointing"
+    name = f"{r['name']} {mode:<17} {r['stack']:<14}"
+    if "error" in r:
+        print(f"{name} failed: {r['error']}", flush=True)
+        return
+    peak = (
+        PEAK_TFLOPS.get(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    )
+    mfu = f", MFU {100 * r['tflops'] / peak:.1f}%" if peak else ""
+    phases = ", ".join(f"{k} {v:.2f}" for k, v in r.get("phases_gib", {}).items())
+    print(
+        f"{name} {r['tokens_per_s']:8.0f} tokens/s, {r['step_ms']:.1f} ms{mfu}; first step "
+        f"{r['first_s']:.1f} s; peak {r['peak_gib']:.2f} GiB ({phases})",
+        flush=True,
+    )
+
+
+PEAK_TFLOPS = {(9, 0): 989, (8, 0): 312, (7, 5): 65}  # dense half precision: H100/H200, A100, T4
+
+
+def bench_gpu(results, sizes) -> dict:
+    """Real shapes with random weights, batch 4 x 2048, r = 32 on all projections."""
+    import concurrent.futures
+    import importlib.util
+    import queue
+
+    free = torch.cuda.get_device_properties(0).total_memory / GIB
+    folder = Path(tempfile.mkdtemp(prefix="compile_qlora_bench_"))
+    stacks = [*STACKS, *(["unsloth"] if importlib.util.find_spec("unsloth") else [])]
+    gpus = queue.SimpleQueue()
+    for gpu in range(torch.cuda.device_count()):
+        gpus.put(gpu)
+    jobs = []
+    for name in sizes:
+        config = _llama(name)
+        if free < {"1b": 30, "8b": 70}[name]:
+            print(f"{name}: skipped, {free:.0f} GiB of GPU memory")
+            continue
+        path = write_checkpoint(folder / name, config, device="cuda")
+        torch.cuda.empty_cache()
+        common = {"name": name, "path": str(path), "batch": 4, "length": 2048, "steps": 12}
+        for checkpointing in (False, True):
+            for stack in sorted(stacks, key=lambda s: s != "ours_compiled"):
+                spec = {**common, "stack": stack, "checkpointing": checkpointing}
+                jobs.append({**spec, "profile": stack == "ours_compiled"})
+    jobs.sort(key=lambda job: job["name"] != "8b")  # the long ones first
+
+    def run(job):
+        gpu = gpus.get()
+        try:
+            cold = str(folder / f"cache-{job['name']}-{job['checkpointing']}-{job['stack']}")
+            found = _spawn(job, gpu, cold)
+            if job["stack"] == "ours_compiled" and "error" not in found:
+                warm = _spawn({**job, "steps": 3, "profile": False}, gpu, cold)
+                found["warm_first_s"] = warm.get("first_s", math.nan)
+            return found
+        finally:
+            gpus.put(gpu)
+
+    with concurrent.futures.ThreadPoolExecutor(torch.cuda.device_count()) as pool:
+        found = list(pool.map(run, jobs))
+    found.sort(
+        key=lambda r: (r["name"], r["checkpointing"], [*STACKS, "unsloth"].index(r["stack"]))
+    )
+    head = {}
+    for r in found:
+        _say_result(r)
+        if "report" in r and r["report"]:
+            print(*(f"    {line}" for line in r["report"]), sep="\n")
+        if "groups_ms" in r:
+            total = sum(r["groups_ms"].values())
+            parts = ", ".join(f"{k} {v:.1f}" for k, v in r["groups_ms"].items())
+            print(f"    on the device {total:.1f} ms: {parts}")
+            print(f"    first step with a warm cache {r['warm_first_s']:.1f} s", flush=True)
+    for name in sizes:
+        for checkpointing in (False, True):
+            key = f"{name}{'_ckpt' if checkpointing else ''}"
+            rates = {
+                r["stack"]: r["tokens_per_s"]
+                for r in found
+                if (r["name"], r["checkpointing"]) == (name, checkpointing) and "error" not in r
+            }
+            ours = rates.pop("ours_compiled", None)
+            others = {k: v for k, v in rates.items() if not k.startswith("ours")}
+            if ours and others:
+                best = max(others, key=others.get)
+                head[f"{key}_vs_{best}"] = ours / others[best]
+    results["speed"] = found
+    if "1b" in sizes and (folder / "1b").exists():
+        results["challenge"] = _challenge(str(folder / "1b"), steps=30)
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    return head
+
+
+def _challenge(path, steps):
+    """Batch 1, accumulation 2, rows of up to 1024 tokens, through Trainer; nothing may be compiled
+    after the second step."""
+    print("challenge C: batch 1, accumulation 2, lengths to 1024, r 32, Trainer", flush=True)
+    args = _arguments(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=steps,
+        learning_rate=1e-4,
+        bf16=True,
+        seed=3407,
+    )
+    options = Options(max_length=1024, error_on_recompile=2)
+    stacks = ["hf", "hf_blocks", "ours", "ours_compiled"]
+    return compare(path, stacks, options, args)[1]
+
+
+def _arguments(**more):
+    folder = tempfile.mkdtemp(prefix="compile_qlora_run_")
+    usual = {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "logging_steps": 1e9}
+    usual |= {"use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": False}
+    usual |= {"log_level": "error", "save_strategy": "no"}
+    return _import("transformers").TrainingArguments(**usual | more)
+
+
+def bench_cpu(results) -> dict:
+    path = _checkpoint("small", dtype=torch.bfloat16)
+    args = _arguments(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=30, seed=3407
+    )
+    stacks = ["hf", "ours", "ours_compiled"]
+    options = Options(max_length=128, error_on_recompile=2)
+    runs, results["cpu"] = compare(path, stacks, options, args)
+    ratio = runs["ours_compiled"].tokens_per_s / runs["hf"].tokens_per_s
+    return {"compiled_vs_hf": ratio}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _self_test() -> tuple[int, int]:
+    import pytest
+
+    passed = []
+    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    sys.modules["compile_qlora"] = sys.modules[__name__]  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
+    code = pytest.main([*quiet, "-W", "ignore", "--show-capture=no", __file__], plugins)
+    interrupted = code == pytest.ExitCode.INTERRUPTED
+    return 130 if interrupted else int(code != 0), len(passed)
+
+
+def _parse(argv):
+    transformers = _import("transformers")
+    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
+    parser = transformers.HfArgumentParser(
+        (Options, transformers.TrainingArguments), description=first, epilog=usage
+    )
+    import argparse
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(output_dir="results/compile_qlora", report_to="none")
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def _train(options, args):
+    """--model and --dataset: (exit code, headline)."""
+    stacks = options.stacks.split(",")
+    for stack in stacks:
+        _need(stack in STACKS, "stacks", repr(stack), f"some of {', '.join(STACKS)}")
+    backend = args.torch_compile_backend or "inductor"
+    known = torch._dynamo.list_backends(exclude_tags=None)
+    _need(backend in known, "torch_compile_backend", repr(backend), f"one of {', '.join(known)}")
+    if torch.cuda.is_available() and not args.use_cpu:
+        capability = torch.cuda.get_device_capability()
+        if backend == "inductor" and "ours_compiled" in stacks:
+            ok = capability >= (7, 0)
+            _need(
+                ok,
+                "torch_compile_backend",
+                f"inductor on sm_{capability[0]}{capability[1]}",
+                "sm_70",
+            )
+        if not args.fp16 and not args.bf16:
+            args.bf16 = capability >= (8, 0)
+            args.fp16 = not args.bf16
+        if args.bf16:
+            _need(capability >= (8, 0), "bf16", f"sm_{capability[0]}{capability[1]}", "--fp16 true")
+    if options.log:
+        Path("results").mkdir(exist_ok=True)
+        os.environ["TORCH_LOGS_OUT"] = "results/compile_qlora_torch.log"
+        torch._logging.set_logs(graph_breaks=True, recompiles=True, recompiles_verbose=True)
+        print("the compiler's log: results/compile_qlora_torch.log")
+    path = options.model or _checkpoint("small", dtype=torch.bfloat16)
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True", "1"):
+        resume = True
+    runs, results = compare(path, stacks, options, args, save=True, resume=resume, backend=backend)
+    last = list(runs.values())[-1]
+    if last.interrupted:
+        print(f"saved in {args.output_dir}; go on with --resume_from_checkpoint true", flush=True)
+    return (130 if last.interrupted else 0), results
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--worker"]:
+        print("WORKER " + json.dumps(worker(json.loads(argv[1]))), flush=True)
+        return 0
+    code, checks, head, results = 0, 0, {}, {}
+    try:
+        options, args = _parse(argv)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+        for name in ("transformers", "peft", "bitsandbytes"):
+            versions[name] = _import(name).__version__
+        versions |= {"cuda": torch.version.cuda, "seed": args.seed}
+        words = (f"{k} {v}" for k, v in versions.items())
+        print("compile_qlora", device, *words, sep=" | ", flush=True)
+        if not (options.test or options.bench) and (options.model or options.dataset):
+            code, results = _train(options, args)
+        else:
+            code, checks = _self_test() if options.test or not options.bench else (0, 0)
+            if not code and (options.bench or not options.test):
+                gpu = torch.cuda.is_available()
+                sizes = os.environ.get("COMPILE_QLORA_SIZES", "1b,8b").split(",")
+                head = bench_gpu(results, sizes) if gpu else bench_cpu(results)
+        if options.json:
+            part = Path(f"{options.json}.part")
+            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
+            part.replace(options.json)
+    except KeyboardInterrupt:
+        code = 130
+    except AssertionError as error:
+        print(f"compile_qlora: a check failed: {error}", file=sys.stderr)
+        code = 1
+    except torch._dynamo.exc.RecompileError as error:
+        print(f"compile_qlora: compiled again after the warm-up: {_line(error)}", file=sys.stderr)
+        code = 1
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"compile_qlora: a region has a graph break: {_line(error)}", file=sys.stderr)
+        code = 1
+    except (ValueError, TypeError, OSError) as error:
+        print(f"compile_qlora: {_line(error)}", file=sys.stderr)
+        code = 2
+    except ImportError as error:
+        found = f"compile_qlora: found no {error.name}, need requirements.txt installed"
+        print(found, file=sys.stderr)
+        code = 77
+    figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
+    print(f"RESULT compile_qlora {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
+    return code
+
+
+def _line(error):
+    return " ".join(str(error).split())[:400]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
