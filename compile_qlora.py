@@ -1185,7 +1185,9 @@ class Collate:
     pad: int
 
     def __call__(self, rows):
-        longest = max(len(row["input_ids"]) for row in rows)
+        # Packed rows get a token of padding more, where positions restart: else a batch of one
+        # document a row has another kind of mask, and so another graph
+        longest = max(len(row["input_ids"]) for row in rows) + ("position_ids" in rows[0])
         values = {"input_ids": self.pad, "labels": chunked_ce.IGNORE, "position_ids": 0}
         fill = lambda row, name: [*row[name], *[values[name]] * (longest - len(row[name]))]
         names = [name for name in values if name in rows[0]]
@@ -1884,7 +1886,8 @@ def test_packed_documents_keep_apart():
     short = tokenise(documents, Tokenizer(), 50, packing=True)
     assert [len(r["input_ids"]) for r in short] == [35, 41]
     batch = Collate(258)([row, short[0]])
-    assert batch["input_ids"].shape == (2, sum(lengths)) and (batch["labels"][1, 35:] == -100).all()
+    assert batch["input_ids"].shape == (2, sum(lengths) + 1)
+    assert (batch["labels"][1, 35:] == -100).all() and batch["position_ids"][0, -1] == 0
     batch = {k: v[:1].to(_device()) for k, v in batch.items()}
     got = model(**batch).loss.item() * tokens
     assert abs(got - want) < 1e-4 * want, (got, want)
@@ -2028,18 +2031,18 @@ def test_gpu_trainer_in_half_precision():
     """On a GPU through inductor: bf16, and fp16 with Trainer's GradScaler, against eager."""
     _needs_gpu()
     path = _checkpoint("small", dtype=torch.bfloat16)
-    for half in ("bf16", "fp16"):
-        for checkpointing in (False, True):
-            more = {half: True, "gradient_checkpointing": checkpointing, "max_steps": 30}
-            args = _arguments(per_device_train_batch_size=2, learning_rate=1e-3, **more)
-            options = Options(max_length=512, error_on_recompile=2)
-            eager = train("hf", path, options, args).losses
-            with _other_order():
-                noise = difference(eager, train("hf", path, options, args).losses)
-            options.offload = checkpointing
-            run = train("ours_compiled", path, options, args)
-            assert difference(eager, run.losses) < max(5 * noise, 2e-3), (half, noise)
-            assert len(run.compiled.graphs()) == 5 and not _breaks()
+    for half, checkpointing in (("bf16", False), ("fp16", True)):
+        more = {half: True, "gradient_checkpointing": checkpointing, "max_steps": 30}
+        args = _arguments(per_device_train_batch_size=2, learning_rate=1e-3, **more)
+        options = Options(max_length=512, error_on_recompile=2)
+        eager = train("hf", path, options, args).losses
+        with _other_order():
+            noise = difference(eager, train("hf", path, options, args).losses)
+        options.offload = checkpointing
+        run = train("ours_compiled", path, options, args)
+        print(half, difference(eager, run.losses), noise)
+        assert difference(eager, run.losses) < max(5 * noise, 2e-3), (half, noise)
+        assert len(run.compiled.graphs()) == 5 and not _breaks()
 
 
 def test_gpu_offloaded_inputs_come_back():
@@ -2064,7 +2067,8 @@ def test_gpu_offloaded_inputs_come_back():
 
 def test_gpu_max_autotune():
     _needs_gpu()
-    model = _model("ours_compiled", dtype=torch.bfloat16, backend="inductor", max_autotune=True)
+    more = {"backend": "inductor", "max_autotune": True, "target_modules": ["q_proj"]}
+    model = _model("ours_compiled", dtype=torch.bfloat16, **more)
     loss_, _ = _step(model, _ids(4, 256), torch.bfloat16)
     compiled = model.compiled_regions
     assert math.isfinite(loss_)
@@ -2125,12 +2129,11 @@ def _print_curves(runs, path, options, args):
     for i, a in enumerate(stacks):
         for b in stacks[i + 1 :]:
             found[f"{a} to {b}"] = difference(runs[a].losses, runs[b].losses)
-    if "hf" in runs and len(runs["hf"].losses) > 1:
-        config = runs["hf"].trainer.processing_class and _causal_config(path).get_text_config()
-        if not getattr(config, "attn_logit_softcapping", None):
-            with _other_order():
-                again = train("hf", path, options, args)
-            found["hf to hf in another order"] = difference(runs["hf"].losses, again.losses)
+    capped = getattr(_causal_config(path).get_text_config(), "attn_logit_softcapping", None)
+    if "hf" in runs and not capped:
+        with _other_order():
+            again = train("hf", path, options, args)
+        found["hf to hf in another order"] = difference(runs["hf"].losses, again.losses)
     for name, value in found.items():
         print(f"largest relative difference of the losses, {name}: {value:.2e}", flush=True)
     return found
@@ -2299,10 +2302,8 @@ def _say_result(r):
     )
     mfu = f", MFU {100 * r['tflops'] / peak:.1f}%" if peak else ""
     phases = ", ".join(f"{k} {v:.2f}" for k, v in r.get("phases_gib", {}).items())
-    lines = [
-        f"{name} {r['tokens_per_s']:8.0f} tokens/s, {r['step_ms']:.1f} ms{mfu}; first step "
-        f"{r['first_s']:.1f} s; peak {r['peak_gib']:.2f} GiB ({phases})"
-    ]
+    first = f"{name} {r['tokens_per_s']:8.0f} tokens/s, {r['step_ms']:.1f} ms{mfu}; first step "
+    lines = [f"{first}{r['first_s']:.1f} s; peak {r['peak_gib']:.2f} GiB ({phases})"]
     lines += [f"    {line}" for line in r.get("report", [])]
     if "groups_ms" in r:
         total = sum(r["groups_ms"].values())
@@ -2399,8 +2400,7 @@ def _challenge(path, steps):
         seed=3407,
     )
     options = Options(max_length=1024, error_on_recompile=2)
-    stacks = ["hf", "hf_blocks", "ours", "ours_compiled"]
-    return compare(path, stacks, options, args)[1]
+    return compare(path, ["hf", "ours", "ours_compiled"], options, args)[1]
 
 
 def _arguments(**more):
