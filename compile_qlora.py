@@ -1440,7 +1440,7 @@ def _plain_arguments(args, stack, save):
     import copy
 
     args = copy.copy(args)
-    args.torch_compile = False
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
     args.report_to = args.report_to if save else []
@@ -2037,7 +2037,10 @@ def test_command_line_trains():
         "--stacks ours_compiled --torch_compile_backend aot_eager --lora_r 8 --disable_tqdm true "
     )
     argv += f"--json {folder}/out.json --packing true --gradient_checkpointing true"
+    torch._dynamo.utils.counters.clear()
     assert main(argv.split()) == 0
+    # the regions alone: had Trainer compiled the model around them, there would be more and breaks
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5 and not _breaks()
     assert len(json.loads((folder / "out.json").read_text())["ours_compiled"]["losses"]) == 3
     assert (folder / "out" / "adapter_model.safetensors").exists()
 
