@@ -7,8 +7,8 @@ and inlined over all layers takes minutes. Eager, most of a step is launches and
 Idea: one region per thing that repeats, each with fullgraph=True and dynamic lengths.
 - A decoder block is one region, compiled once and called for every layer: weights are its inputs.
   Compiling the whole model would inline 16 to 80 copies of it. Embedding, rotary tables, final norm
-  and loss are a region each: they run once a step, on tokens without a batch dimension, so one graph
-  serves all batch sizes. The mask is made once a batch, outside, for all blocks.
+  and loss are a region each: they run once a step, on tokens without a batch dimension, so that one
+  graph serves all batch sizes. The mask is made once a batch, outside, for all blocks.
 - Projections of one input (q, k, v; gate, up) are dequantised into one buffer and multiplied at
   once, forward and backward, as are their LoRA products. The backward's dequantisation takes the
   gradient as an argument it does not need: else the compiler would merge it with the forward's and
@@ -18,8 +18,9 @@ Idea: one region per thing that repeats, each with fullgraph=True and dynamic le
 - Activation checkpointing is the partitioner's: at a budget of 0 it keeps a block's inputs alone,
   and recomputes what the backward needs: not the MLP's last product, which torch.utils.checkpoint
   repeats (a quarter of a block). Without it, whatever is pointwise is recomputed all the same.
+- What checkpointed blocks keep can wait in pinned host memory (offload), copied beside the kernels.
 
-Left out: CUDA graphs, other quantisations than NF4 and FP4, more than one GPU (qlora_fsdp2.py).
+Left out: CUDA graphs, other quantisations than NF4, more than one GPU (qlora_fsdp2.py).
 LoRA dropout above 0, DoRA and several active adapters take PEFT's own path, compiled, unfused.
 Attention dropout is refused. Rotary tables that ask for the longest position (dynamic, longrope)
 stay eager. Measured on an H200; not run on a T4.
@@ -125,19 +126,15 @@ def _fake_stacked(packed, rows, columns, dtype, tail=None, after=None):
 )
 def stacked(packed, rows, columns, dtype, tail=None, after=None):
     """The weights behind `packed`, one below the other, then `tail`: [sum(rows) + len(tail),
-    columns] in dtype. `after`: a tensor to wait for; what depends on a gradient cannot move into the
-    forward pass."""
+    columns] in dtype. `after`: a tensor to wait for; what depends on a gradient cannot move into
+    the forward pass."""
     sizes = [*rows, 0 if tail is None else len(tail)]
     out = torch.empty((sum(sizes), columns), dtype=dtype, device=packed[0].device)
     *parts, end = out.split(sizes)
     if tail is not None:
         end.copy_(tail)
     for weight, part in zip(packed, parts, strict=True):
-        state = weight.quant_state
-        if state.quant_type == "nf4":
-            dequantize_nf4(weight, state, part, dtype=dtype)
-        else:
-            part.copy_(_bitsandbytes().dequantize_4bit(weight, state))
+        dequantize_nf4(weight, weight.quant_state, part, dtype=dtype)
     return out
 
 
@@ -223,8 +220,8 @@ def _gated_kernel(y_ptr, xa_ptr, b_ptr, act_ptr, dact_ptr, ga_ptr, a_ptr, dy_ptr
 
 
 def _tiles(sm):
-    """(rows, columns, warps, tiles of rows, stages). On an H200 at 8192 x 14336 of r = 32 these take
-    186 and 382 us, forward and backward; a copy of the backward's bytes takes 334."""
+    """(rows, columns, warps, tiles of rows, stages). On an H200 at 8192 x 14336 of r = 32 these
+    take 186 and 382 us, forward and backward; a copy of the backward's bytes takes 334."""
     # Ampere and Ada have less shared memory, Turing 64 KiB of it and no asynchronous copies to it
     return (64, 64, 8, 4, 3) if sm >= 90 else (32, 64, 8, 4, 2) if sm >= 80 else (32, 32, 4, 4, 1)
 
@@ -316,7 +313,7 @@ def gated_grads_(y, xa, b, dact, ga, a, ranks, activation):
 
 
 def _by_kernel(y):
-    """Half precision on a GPU, or in Triton's interpreter. (In float32 a dot is no tensor core's.)"""
+    """Half precision on a GPU, or in Triton's interpreter. (float32 has no use of tensor cores.)"""
     interpreted = isinstance(_gated_kernel, triton.runtime.interpreter.InterpretedFunction)
     return (y.is_cuda or interpreted) and y.dtype != torch.float32
 
@@ -418,8 +415,8 @@ class _Projections(torch.autograd.Function):
         ctx.side, ctx.shape, ctx.dtype = side, x.shape, x.dtype
         ctx.kinds = [None if t is None else t.dtype for t in (*a, *b)]
         ctx.save_for_backward(flat, xa, a_stack, b_blocks, *packed)
-        # Outputs must be tensors of their own: of two names for one tensor Dynamo (torch 2.11) gives
-        # the gradient to the other. v alone is kept for the backward, not all of y.
+        # Outputs must be tensors of their own: of two names for one tensor Dynamo (torch 2.11)
+        # gives the gradient to the other. v alone is kept for the backward, not all of y.
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         if len(side.rows) == 1 and not any(side.ranks):
             return (y,)
@@ -882,9 +879,9 @@ def compile_model(
     backend: a torch.compile backend. checkpointing: each block keeps its inputs alone and
     recomputes the rest in the backward, by the partitioner; with dropout by transformers' own way.
     offload: those inputs wait in pinned host memory. max_autotune: inductor times Triton kernels
-    against cuBLAS for each product. generate() with a cache runs the blocks uncompiled. A region that
-    cannot be compiled whole raises, with the reason, at its first call. ValueError for a backend
-    that does not exist or a model whose blocks are not found.
+    against cuBLAS for each product. generate() with a cache runs the blocks uncompiled. A region
+    that cannot be compiled whole raises, with the reason, at its first call. ValueError for a
+    backend that does not exist or a model whose blocks are not found.
     """
     known = torch._dynamo.list_backends(exclude_tags=None)
     _need(backend in known, "backend", repr(backend), f"one of {', '.join(known)}")
@@ -1114,9 +1111,9 @@ def prepare(model, stack, options, *, checkpointing=False, fixed=False, backend=
 def _attention(backend, inner, fixed, packing):
     """For `auto` a backend by name: its rules ask for the length, and each answer is a graph more.
     flex_attn's own kernels where they run (Hopper); for plain causal masks elsewhere SDPA. cuDNN,
-    which `auto` takes for those on Hopper, plans anew for each length: 84 ms on an H200, forward and
-    backward, as often as there are lengths. Where they do not change (fixed) it is 6% faster at head
-    size 128, and slower at 64."""
+    which `auto` takes for those on Hopper, plans anew for each length: 84 ms on an H200, forward
+    and backward, as often as there are lengths. Where they do not change (fixed) it is 6% faster at
+    head size 128, and slower at 64."""
     layer, weight = inner.layers[0].self_attn, next(inner.parameters())
     dim = getattr(layer, "head_dim", None)
     if backend != "auto" or dim is None:
@@ -1279,7 +1276,7 @@ def _llama(size):
 
 @functools.cache
 def _trainer_class():
-    """transformers' Trainer that remembers each micro-batch's loss, unrounded and unsynchronised."""
+    """transformers' Trainer that remembers each micro-batch's loss, unrounded, without waiting."""
     transformers = _import("transformers")
 
     class Watched(transformers.Trainer):
@@ -1365,7 +1362,6 @@ class Run(NamedTuple):
     report: list[str]
     interrupted: bool
     compiled: Compiled | None
-    trainer: object
 
 
 def train(stack, path, options, args, *, save=False, resume=None, backend="inductor") -> Run:
@@ -1411,7 +1407,7 @@ def train(stack, path, options, args, *, save=False, resume=None, backend="induc
     rate = tokens / (watch.marks[end] - watch.marks[begin]) if begin in watch.marks else math.nan
     memory = {"loaded": loaded, "training": _peak_gib()}
     losses = list(steps.values())
-    return Run(stack, losses, watch.first_s, rate, memory, report, watch.stop, compiled, trainer)
+    return Run(stack, losses, watch.first_s, rate, memory, report, watch.stop, compiled)
 
 
 # Since transformers 5.2x the first name, before the second
@@ -1457,7 +1453,7 @@ def _foreign_report(before):
     seconds = sum((e.duration_us or 0) / 1e6 for e in entries)
     broken = _breaks()
     lines = [
-        f"compiled: {len(entries)} Dynamo graphs, graph breaks {sum(broken.values())}; {seconds:.1f} s"
+        f"compiled: {len(entries)} Dynamo graphs, graph breaks {broken.total()}; {seconds:.1f} s"
     ]
     return lines + [f"  graph break x{n}: {reason}" for reason, n in broken.items()]
 
@@ -1596,6 +1592,13 @@ def test_one_compilation_for_all_lengths_and_batch_sizes():
             for i, length in enumerate(lengths):
                 _step(model, _ids(1 + i % 5, length))
         assert model.compiled_regions.graphs() == graphs
+        try:  # the guard itself: evaluation is another graph
+            with no_recompiles(), torch.no_grad():
+                model(input_ids=_ids(2, 40), labels=_ids(2, 40))
+        except torch._dynamo.exc.RecompileError:
+            pass
+        else:
+            raise AssertionError("a recompilation went unnoticed")
         assert [g.region for g in graphs] == [
             "embedding",
             "rotary",
@@ -2130,14 +2133,12 @@ def compare(path, stacks, options, args, *, save=False, resume=None, backend="in
         last = i == len(stacks) - 1
         more = {"save": save and last, "resume": resume if last else None, "backend": backend}
         run = runs[stack] = train(stack, path, options, args, **more)
-        memory = run.peak_gib
+        memory, gpu = run.peak_gib, torch.cuda.is_available()
         peak = f"peak {memory['training']:.2f} GiB (loaded {memory['loaded']:.2f})"
-        print(
-            f"{stack:<14} {len(run.losses)} steps, loss {run.losses[0]:.4f} to "
-            f"{run.losses[-1]:.4f}; first step {run.first_s:.1f} s; {run.tokens_per_s:.0f} "
-            f"labels/s; {peak if torch.cuda.is_available() else 'on a CPU'}",
-            flush=True,
-        )
+        curve = f"loss {run.losses[0]:.4f} to {run.losses[-1]:.4f}" if run.losses else "none left"
+        curve += f"; first step {run.first_s:.1f} s; {run.tokens_per_s:.0f} labels/s; "
+        curve += peak if gpu else "on a CPU"
+        print(f"{stack:<14} {len(run.losses)} steps, {curve}", flush=True)
         for line in run.report:
             print(f"  {line}", flush=True)
         results[stack] = {
@@ -2148,8 +2149,8 @@ def compare(path, stacks, options, args, *, save=False, resume=None, backend="in
         }
         if run.interrupted:
             break
-        run.trainer.model = None
-    if len(runs) > 1 and not any(run.interrupted for run in runs.values()):
+    whole = all(run.losses and not run.interrupted for run in runs.values())
+    if whole and len({len(run.losses) for run in runs.values()}) == 1 < len(runs):
         results["differences"] = _print_curves(runs, path, options, args)
     return runs, results
 
