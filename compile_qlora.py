@@ -35,14 +35,21 @@ stay eager. Measured on an H200; not run on a T4.
     model = compile_model(fuse(peft_model))       # then train as ever, in Trainer too
 """
 
+import argparse
 import collections
+import concurrent.futures
 import contextlib
+import copy
 import functools
 import gc
+import importlib.util
+import io
 import json
 import math
 import os
+import queue
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -226,10 +233,6 @@ def _tiles(sm):
     return (64, 64, 8, 4, 3) if sm >= 90 else (32, 64, 8, 4, 2) if sm >= 80 else (32, 32, 4, 4, 1)
 
 
-def _capability(y):
-    return torch.cuda.get_device_capability(y.device) if y.is_cuda else None
-
-
 def _launch_gated(y, xa, b, act, ranks, activation, dact=None, ga=None, a=None, dy=None):
     n, width = act.shape
     if not act.numel():
@@ -237,8 +240,8 @@ def _launch_gated(y, xa, b, act, ranks, activation, dact=None, ga=None, a=None, 
     backward = dy is not None
     extra, dy_pitch = ((dact, ga, a, dy), dy.stride(0)) if backward else ((y, y, y, y), 0)
     k = max(16, triton.next_power_of_2(max(ranks)))
-    sm = 10 * capability[0] + capability[1] if (capability := _capability(y)) else 90
-    m, cols, warps, steps, stages = _tiles(sm)
+    major, minor = torch.cuda.get_device_capability(y.device) if y.is_cuda else (9, 0)
+    m, cols, warps, steps, stages = _tiles(10 * major + minor)
     pitches = y.stride(0), xa.stride(0), b.stride(0), dy_pitch
     grid = triton.cdiv(width, cols), triton.cdiv(n, m * steps)
     with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
@@ -736,13 +739,13 @@ class Compiled:
         compiled, cached = self.kernels()
         total = len(graphs) + backward
         first = f"{len(graphs)} Dynamo graphs, each whole (fullgraph), graph breaks "
-        first += f"{sum(_breaks().values())}; AOT graphs {len(graphs)} forward + {backward} "
+        first += f"{_breaks().total()}; AOT graphs {len(graphs)} forward + {backward} "
         first += f"backward = {total} compilations; kernels {compiled} compiled, {cached} from the "
         lines = [f"compiled: {first}cache; {seconds:.1f} s"]
         for g in graphs:
             both = "forward + backward" if g.backward else "forward"
             lines.append(f"  {g.region:<10} {both:<18} {g.seconds:6.1f} s  {g.cause}")
-        lines += [f"  graph break x{n}: {reason}" for reason, n in _breaks().items()]
+        lines += _break_lines()
         lines += [f"  eager: {why}" for why in self.eager]
         if self.options["max_autotune_gemm"]:
             lines.append("  max_autotune: " + self._tuning())
@@ -775,6 +778,10 @@ def _breaks() -> collections.Counter:
     )
 
 
+def _break_lines():
+    return [f"  graph break x{n}: {reason}" for reason, n in _breaks().items()]
+
+
 def _kernels():
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
@@ -784,11 +791,9 @@ def _kernels():
     return made, gpu["async_compile_cache_hit"]
 
 
-@contextlib.contextmanager
 def no_recompiles():
-    """Within it whatever would compile anew raises torch._dynamo.exc.RecompileError."""
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
+    """A context in which whatever would compile anew raises torch._dynamo.exc.RecompileError."""
+    return torch._dynamo.config.patch(error_on_recompile=True)
 
 
 class _Waiting:
@@ -955,6 +960,14 @@ def compile_model(
 # Models and data
 
 
+STACKS = {
+    "hf": "transformers + PEFT + bitsandbytes, eager",
+    "hf_blocks": "the same, blocks compiled (dynamic=True)",
+    "ours": "this file's functions, eager",
+    "ours_compiled": "the same, every region compiled",
+}
+
+
 @dataclass
 class Options:
     """What this script adds to TrainingArguments."""
@@ -979,7 +992,7 @@ class Options:
     )
     stacks: str = field(
         default="hf,ours,ours_compiled",
-        metadata={"help": "what to train and compare, of hf, hf_blocks, ours, ours_compiled"},
+        metadata={"help": f"what to train and compare, of {STACKS}"},
     )
     dequant: str = field(
         default="nf4_triton", metadata={"help": "nf4_triton, or bnb: bitsandbytes' operator"}
@@ -1000,19 +1013,7 @@ class Options:
     json: str | None = field(default=None, metadata={"help": "also write the results as JSON"})
 
 
-STACKS = {
-    "hf": "transformers + PEFT + bitsandbytes, eager",
-    "hf_blocks": "the same, blocks compiled (dynamic=True)",
-    "ours": "this file's functions, eager",
-    "ours_compiled": "the same, every region compiled",
-}
-
-
-def _import(name):
-    """A dependency, imported when it is needed; main says which one is missing."""
-    import importlib
-
-    return importlib.import_module(name)
+_import = importlib.import_module  # a dependency when it is needed; main says which is missing
 
 
 def _causal_config(path):
@@ -1029,6 +1030,12 @@ def _causal_config(path):
     found = f"{', '.join(names) or type(config).__name__}"
     _need(causal, "model", found, "a causal language model")
     return config
+
+
+def _nf4_config(dtype):
+    """NF4 with nested scales, products in dtype."""
+    how = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
+    return _import("transformers").BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype)
 
 
 def load(path, stack, options, dtype, device):
@@ -1050,8 +1057,6 @@ def load(path, stack, options, dtype, device):
         )
     most = getattr(text, "max_position_embeddings", None) or options.max_length
     _need(options.max_length <= most, "max_length", options.max_length, f"{most} at most: {path}")
-    how = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
-    how = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype)
     ours = stack.startswith("ours")
     capped = getattr(text, "attn_logit_softcapping", None)  # which transformers' SDPA leaves out
     attention = "flex_attn" if ours else "eager" if capped else "sdpa"
@@ -1062,7 +1067,7 @@ def load(path, stack, options, dtype, device):
         dtype=dtype,
         device_map={"": device},
         attn_implementation=attention,
-        **({} if quantised else {"quantization_config": how}),
+        **({} if quantised else {"quantization_config": _nf4_config(dtype)}),
     )
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # a checkpoint may ask for bf16 where there is none
@@ -1184,6 +1189,13 @@ def tokenise(texts, tokenizer, max_length, packing=False) -> list[dict]:
     return rows
 
 
+@functools.lru_cache(1)
+def _rows(path, dataset, max_length, packing):
+    """A dataset's rows for a model's tokenizer, read once for all stacks."""
+    tokenizer = _tokenizer(path)
+    return tokenise(load_texts(dataset, tokenizer), tokenizer, max_length, packing)
+
+
 @dataclass
 class Collate:
     """A batch padded on the right, without a mask: no real token sees what comes after it, and the
@@ -1226,13 +1238,7 @@ def write_checkpoint(directory, config, *, quantised=True, device="cpu", seed=0,
                     )
                     new.weight, new.bias = weight.to(device), layer.bias
                     setattr(parent, name, new)
-        how = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-        )
-        model.config.quantization_config = how.to_dict()
+        model.config.quantization_config = _nf4_config(dtype).to_dict()
     state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -1373,8 +1379,7 @@ def train(stack, path, options, args, *, save=False, resume=None, backend="induc
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
     transformers.set_seed(args.seed)
     model, tokenizer = load(path, stack, options, dtype, device)
-    texts = load_texts(options.dataset, tokenizer)
-    rows = tokenise(texts, tokenizer, options.max_length, options.packing)
+    rows = _rows(path, options.dataset, options.max_length, options.packing)
     args = _plain_arguments(args, stack, save)
     checkpointing = _take_checkpointing(args)
     fixed = len({len(row["input_ids"]) for row in rows}) == 1
@@ -1433,7 +1438,6 @@ def _checkpoint_blocks(model, on):
 def _plain_arguments(args, stack, save):
     """A copy of TrainingArguments for one stack. transformers' own torch_compile is taken over:
     Trainer would compile the whole model around our regions."""
-    import copy
 
     args = copy.copy(args)
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
@@ -1451,11 +1455,11 @@ def _plain_arguments(args, stack, save):
 def _foreign_report(before):
     entries = [e for e in _metrics()[before:] if e.co_name and e.is_forward]
     seconds = sum((e.duration_us or 0) / 1e6 for e in entries)
-    broken = _breaks()
-    lines = [
-        f"compiled: {len(entries)} Dynamo graphs, graph breaks {broken.total()}; {seconds:.1f} s"
+    count = _breaks().total()
+    return [
+        f"compiled: {len(entries)} Dynamo graphs, graph breaks {count}; {seconds:.1f} s",
+        *_break_lines(),
     ]
-    return lines + [f"  graph break x{n}: {reason}" for reason, n in broken.items()]
 
 
 def _reset():
@@ -1490,10 +1494,9 @@ def _device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _needs_gpu(gib=0):
-    found = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory / GIB
-    if not found or found < gib:
-        raise unittest.SkipTest(f"needs a CUDA GPU{f' with {gib} GiB' if gib else ''}")
+def _needs_gpu():
+    if not torch.cuda.is_available():
+        raise unittest.SkipTest("needs a CUDA GPU")
 
 
 @functools.cache
@@ -1985,7 +1988,6 @@ def test_a_graph_break_is_named():
 
 def _refused(*argv):
     """(exit code, the one line on stderr) of main."""
-    import io
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -2180,7 +2182,7 @@ def _print_curves(runs, path, options, args):
 # Timings: every stack in a process of its own, on the same random tokens
 
 
-def flops_per_token(config, length, lora_r, backward=True) -> float:
+def flops_per_token(config, length, lora_r) -> float:
     """Model FLOPs a token: 2 for each frozen weight forward and 2 for the gradient of its input (it
     has none of its own), 6 for each LoRA weight, attention's two products over the length / 2 keys
     that a token sees on average (backward: twice that), and the head like a frozen weight."""
@@ -2191,7 +2193,7 @@ def flops_per_token(config, length, lora_r, backward=True) -> float:
     frozen = sum(a * b for a, b in shapes) * config.num_hidden_layers + hidden * config.vocab_size
     lora = sum(a + b for a, b in shapes) * lora_r * config.num_hidden_layers
     attention = 4 * heads * dim * (length / 2) * config.num_hidden_layers
-    return (4 * frozen + 6 * lora + 3 * attention) if backward else 2 * (frozen + lora) + attention
+    return 4 * frozen + 6 * lora + 3 * attention
 
 
 def _unsloth(path, length, checkpointing):
@@ -2356,9 +2358,6 @@ PEAK_TFLOPS = {(9, 0): 989, (8, 0): 312, (7, 5): 65}  # dense half precision: H1
 
 def bench_gpu(results, sizes) -> dict:
     """Real shapes with random weights, batch 4 x 2048, r = 32 on all projections."""
-    import concurrent.futures
-    import importlib.util
-    import queue
 
     free = torch.cuda.get_device_properties(0).total_memory / GIB
     folder = Path(tempfile.mkdtemp(prefix="compile_qlora_bench_"))
@@ -2418,7 +2417,6 @@ def bench_gpu(results, sizes) -> dict:
     results["speed"] = found
     if "1b" in sizes and (folder / "1b").exists():
         results["challenge"] = _challenge(str(folder / "1b"), steps=30)
-    import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
     return head
@@ -2482,7 +2480,6 @@ def _parse(argv):
     parser = transformers.HfArgumentParser(
         (Options, transformers.TrainingArguments), description=first, epilog=usage
     )
-    import argparse
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(output_dir="results/compile_qlora", report_to="none")
