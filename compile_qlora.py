@@ -1922,8 +1922,14 @@ def test_gated_kernel_under_interpreter():
         text=True,
         check=False,
     )
+    if "only 0-dimensional arrays" in done.stderr:
+        raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
     assert done.returncode == 0, done.stderr[-2000:]
-    _check_gated({torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3})  # the other path
+
+
+def test_gated_operators():
+    """PyTorch's operations on a CPU and in float32; the kernel for half precision on a GPU."""
+    _check_gated({torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3})
 
 
 def test_gpu_gated_kernel():
