@@ -45,6 +45,7 @@ import functools
 import gc
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 try:
     import chunked_ce
     import flex_attn
-    from nf4_triton import dequantize_nf4
+    from nf4_triton import _sass, dequantize_nf4
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "flex_attn", "nf4_triton"):
         raise
@@ -278,25 +279,31 @@ def _padded(ranks):
     return max(16, triton.next_power_of_2(max(ranks)))
 
 
+def _lora_shape(y, ranks):
+    """Of LoRA's gradients, as gated_grads describes them."""
+    return (3, y.shape[1] // 2, _padded(ranks)) if any(ranks) else (0,)
+
+
 def _launch_gated(y, xa, b, act, ranks, activation, dact=None, ga=None, a=None, dy=None):
     """Writes act, unless it is None; with dact also dy, and returns the LoRA gradients."""
     n, width = y.shape[0], y.shape[1] // 2
-    backward, k = dact is not None, _padded(ranks)
+    backward = dact is not None
     major, minor = torch.cuda.get_device_capability(y.device) if y.is_cuda else (9, 0)
     m, cols, warps, steps, stages = _tiles(10 * major + minor, backward)
     if backward:  # each group of rows has sums of its own: at most 16 groups
         steps = max(steps, triton.cdiv(n, 16 * m))
     grid = triton.cdiv(width, cols), triton.cdiv(n, m * steps)
-    shape = (grid[1], 3, width, k) if backward and any(ranks) else (1, 0)
-    grads = y.new_empty(shape, dtype=torch.float32)
-    extra, dy_pitch = ((dact, ga, a, dy, grads), dy.stride(0)) if backward else ((y,) * 5, 0)
+    extra, dy_pitch = (y,) * 5, 0
+    if backward:
+        grads = y.new_empty((grid[1], *_lora_shape(y, ranks)), dtype=torch.float32)
+        extra, dy_pitch = (dact, ga, a, dy, grads), dy.stride(0)
     pitches = y.stride(0), xa.stride(0), b.stride(0), dy_pitch
     if n and width:
         with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
             _gated_kernel[grid](y, xa, b, y if act is None else act, *extra, n, width, *pitches,
-                                steps, *ranks, k, activation == "gelu_tanh", backward,
+                                steps, *ranks, _padded(ranks), activation == "gelu_tanh", backward,
                                 act is not None, m, cols, stages, num_warps=warps)  # fmt: skip
-    return grads.sum(0)
+    return grads.sum(0) if backward else None
 
 
 def _gate_up(y, xa, b):
@@ -307,19 +314,19 @@ def _gate_up(y, xa, b):
     return sums.chunk(2, -1)
 
 
-def _fake_gated(y, xa, b, ranks, activation):
+def _empty_act(y, *_):
     return y.new_empty((y.shape[0], y.shape[1] // 2))
 
 
 @_operator(
-    "gated(Tensor y, Tensor xa, Tensor b, int[] ranks, str activation) -> Tensor", _fake_gated
+    "gated(Tensor y, Tensor xa, Tensor b, int[] ranks, str activation) -> Tensor", _empty_act
 )
 def gated(y, xa, b, ranks, activation):
     """act(gate) * up of y [n, 2 m] + xa [n, r] @ b.T [r, 2 m], gate's half first: [n, m]."""
     if not _by_kernel(y):
         gate, up = _gate_up(y, xa, b)
         return (ACTIVATIONS[activation](gate) * up).to(y.dtype)
-    act = y.new_empty((y.shape[0], y.shape[1] // 2))
+    act = _empty_act(y)
     _launch_gated(y, xa, b, act, ranks, activation)
     return act
 
@@ -334,7 +341,7 @@ def _gated_grads(y, xa, b, dact, ga, a, ranks, activation, dy, act):
         grad = grad + ga.float() @ a.float()
     value = ACTIVATIONS[activation](gate)
     sides = SLOPES[activation](grad * up, gate), grad * value, value * up
-    grads = _fake_lora_grads(y, ranks).zero_()
+    grads = y.new_zeros(_lora_shape(y, ranks), dtype=torch.float32)
     inputs = *(xa.split(ranks[:2], -1) if xa.numel() else (None, None)), ga
     for out, side, x, rank in zip(grads, sides, inputs, ranks, strict=any(ranks)):
         if rank:
@@ -350,33 +357,28 @@ _GRADS = "Tensor xa, Tensor b, {} dact, Tensor ga, Tensor a, int[] ranks, str ac
 _GRADS += "bool keep)"
 
 
-def _fake_lora_grads(y, ranks):
-    shape = (3, y.shape[1] // 2, _padded(ranks)) if any(ranks) else (0,)
-    return y.new_empty(shape, dtype=torch.float32)
+def _empty_grads(y, dact, keep):
+    return y.new_empty(y.shape), y.new_empty(dact.shape if keep else (0,))
 
 
-def _fake_gated_grads(y, xa, b, dact, ga, a, ranks, activation, keep):
-    act = y.new_empty(dact.shape if keep else (0,))
-    return y.new_empty(y.shape), act, _fake_lora_grads(y, ranks)
+def _fake_lora(y, xa, b, dact, ga, a, ranks, activation, keep):
+    return y.new_empty(_lora_shape(y, ranks), dtype=torch.float32)
 
 
 @_operator(
     f"gated_grads(Tensor y, {_GRADS.format('Tensor')} -> (Tensor, Tensor, Tensor)",
-    _fake_gated_grads,
+    lambda y, *args: (*_empty_grads(y, args[2], args[-1]), _fake_lora(y, *args)),
 )
 def gated_grads(y, xa, b, dact, ga, a, ranks, activation, keep):
     """For the gradient dact + ga @ a of act: (dy, the gradient of y and so of gate and up; act
     again, [0] unless `keep`; [3, m, k] float32 in whose first columns are dgate.T @ xa's part for
     gate, dup.T @ xa's part for up, and act.T @ ga: LoRA's gradients; [0] if all ranks are 0)."""
-    dy, act = y.new_empty(y.shape), y.new_empty(dact.shape if keep else (0,))
+    dy, act = _empty_grads(y, dact, keep)
     where = act if keep else None
     return dy, act, _gated_grads(y, xa, b, dact, ga, a, ranks, activation, dy, where)
 
 
-@_operator(
-    f"gated_grads_(Tensor(a!) y, {_GRADS.format('Tensor(b!)')} -> Tensor",
-    lambda y, xa, b, dact, ga, a, ranks, activation, keep: _fake_lora_grads(y, ranks),
-)
+@_operator(f"gated_grads_(Tensor(a!) y, {_GRADS.format('Tensor(b!)')} -> Tensor", _fake_lora)
 def gated_grads_(y, xa, b, dact, ga, a, ranks, activation, keep):
     """gated_grads with dy in the place of y and, if `keep`, act in that of dact."""
     where = dact if keep else None
@@ -466,21 +468,26 @@ def _diagonal(side, blocks):
     return [t.split(side.rows)[i] for i, t in enumerate(columns)]
 
 
-def _project_grads(side, g, flat, packed, xa, a, b, ga=None, wanted=True, da=None, dbs=None):
-    """(dx, dA list, dB list) for the gradient g [n, sum of rows] of y. da [sum of ranks, columns]
-    and dbs, a list of [rows, rank] without their scales, where the gated kernel has made them."""
-    dx = g @ _weight(side, packed, grad=g) if wanted else None
+def _input_grad(side, g, packed, a, b):
+    """(dx, g B [n, sum of ranks]) for the gradient g [n, sum of rows] of y."""
+    dx = g @ _weight(side, packed, grad=g)
     if not any(side.ranks):
-        return dx, [None] * len(side.ranks), [None] * len(side.ranks)
-    ga = g @ b if ga is None else ga
-    if wanted:
-        add_product_(dx, ga, a)
+        return dx, None
+    ga = g @ b
+    add_product_(dx, ga, a)
+    return dx, ga
+
+
+def _lora_grads(side, g, flat, xa, ga, da=None, dbs=None):
+    """(dA list, dB list). da [sum of ranks, columns] and dbs, a list of [rows, rank] without their
+    scales, where the gated kernel has made them."""
+    if not any(side.ranks):
+        return [None] * len(side.ranks), [None] * len(side.ranks)
     da = ga.t() @ flat if da is None else da  # of all projections in one product
     dbs = _diagonal(side, g.t() @ xa) if dbs is None else dbs  # likewise
     scaled = zip(dbs, side.scales, side.ranks, strict=True)
     dbs = [t.float() * scale if rank else None for t, scale, rank in scaled]
-    das = [t.float() if len(t) else None for t in da.split(side.ranks)]
-    return dx, das, dbs
+    return [t.float() if len(t) else None for t in da.split(side.ranks)], dbs
 
 
 def _split(tensors, count):
@@ -512,14 +519,14 @@ class _Projections(torch.autograd.Function):
         parts = [g.reshape(-1, rows).to(side.dtype) for g, rows in pairs]
         if len(parts) == 1 or not _joint(side):
             g = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-            dx, das, dbs = _project_grads(side, g, flat, packed, xa, a, b)
+            dx, ga = _input_grad(side, g, packed, a, b)
         else:  # dx with its LoRA product as one: [g, g B] @ [W; A]
             blocks = _diagonal(side, b)
             gas = [g @ block for g, block in zip(parts, blocks, strict=True) if block.shape[1]]
             both = torch.cat([*parts, *gas], -1)
             dx = both @ _weight(side, packed, a, both)
             g, ga = both.split([sum(side.rows), sum(side.ranks)], -1)
-            _, das, dbs = _project_grads(side, g, flat, packed, xa, a, b, ga, wanted=False)
+        das, dbs = _lora_grads(side, g, flat, xa, ga)
         cast = [g if g is None else g.to(k) for g, k in zip(das + dbs, ctx.kinds, strict=True)]
         frozen = [None] * (2 * len(side.rows))
         return None, dx.view(ctx.shape).to(ctx.dtype), *frozen, *cast
@@ -575,10 +582,9 @@ class _GatedMLP(torch.autograd.Function):
         if any(ranks):
             *db_gate_up, down_da = (t[:, :rank] for t, rank in zip(by_kernel, ranks, strict=True))
             down_da = down_da.t()
-        _, (down_da,), (down_db,) = _project_grads(
-            down, g, act, [down_packed], act_a, down_a, down_b, ga, wanted=False, da=down_da
-        )
-        dx, das, dbs = _project_grads(up, dy, flat, packed, xa, a, b, dbs=db_gate_up)
+        (down_da,), (down_db,) = _lora_grads(down, g, act, act_a, ga, da=down_da)
+        dx, up_ga = _input_grad(up, dy, packed, a, b)
+        das, dbs = _lora_grads(up, dy, flat, xa, up_ga, dbs=db_gate_up)
         grads = [*das, *dbs, down_da, down_db]
         cast = [g if g is None else g.to(k) for g, k in zip(grads, ctx.kinds, strict=True)]
         none = [None] * 4
@@ -665,13 +671,13 @@ def _projection_forward(self, x, *args, **kwargs):
 
 
 def _mlp_forward(self, x):
-    by, activation, inside = self._qlora
+    by, activation, recompute = self._qlora
     parts = [_part(module) for module in (self.gate_proj, self.up_proj, self.down_proj)]
     if any(part is None for part in parts):
         return type(self).forward(self, x)
     up, up_tensors = _side(parts[:2], x, by)
     down, down_tensors = _side(parts[2:], x, by)
-    return _GatedMLP.apply(up, down, activation, inside, x, *up_tensors, *down_tensors)
+    return _GatedMLP.apply(up, down, activation, recompute, x, *up_tensors, *down_tensors)
 
 
 def _is_4bit(module):
@@ -757,22 +763,22 @@ REGIONS = {f.__name__: f for f in (embedding, rotary, block, norm, loss)}
 @functools.cache
 def _choices():
     from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+
+    stock = InductorChoices.should_use_persistent_reduction
 
     class Choices(InductorChoices):
         """Inductor's own, but that sums along a row (of a norm) hold all of it in registers."""
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):
-            from torch._inductor.runtime.hints import ReductionHint
-
             inner = features.get_reduction_hint() == ReductionHint.INNER
             count = features.reduction_numel
             if inner and not cooperative_reduction and count.is_number and count <= 8192:
                 return True
-            stock = InductorChoices.should_use_persistent_reduction
             return stock(features, cooperative_reduction)
 
-    return Choices
+    return Choices()
 
 
 class Graph(NamedTuple):
@@ -823,7 +829,7 @@ class Compiled:
             from torch._inductor.compile_fx import compile_fx
             from torch._inductor.virtualized import V
 
-            with V.set_choices_handler(_choices()()):
+            with V.set_choices_handler(_choices()):
                 return compile_fx(graph, inputs, config_patches=self.options)
 
     def _note_winner(self, timings, *_):
@@ -987,6 +993,11 @@ def _flat(tensor):
     return torch.ops.aten._unsafe_view(tensor, [-1, *tensor.shape[2:]])
 
 
+def _need_backend(backend, name):
+    known = torch._dynamo.list_backends(exclude_tags=None)
+    _need(backend in known, name, repr(backend), f"one of {', '.join(known)}")
+
+
 def compile_model(
     model,
     *,
@@ -1005,8 +1016,7 @@ def compile_model(
     that cannot be compiled whole raises, with the reason, at its first call. ValueError for a
     backend that does not exist or a model whose blocks are not found.
     """
-    known = torch._dynamo.list_backends(exclude_tags=None)
-    _need(backend in known, "backend", repr(backend), f"one of {', '.join(known)}")
+    _need_backend(backend, "backend")
     ok = not offload or next(model.parameters()).is_cuda
     _need(ok, "offload", "a model on a CPU", "one on a GPU")
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -1056,7 +1066,7 @@ def compile_model(
             num_items = torch.tensor(float(num_items), device=hidden.device)  # data, no constant
         return run["loss"](_flat(hidden), weight, labels, num_items, **options)
 
-    away = Offload() if offload and checkpointing and not drops else None
+    away = Offload() if offload and compiled.checkpointing else None
 
     def forward_block(self, hidden, *args, past_key_values=None, **kwargs):
         if past_key_values is not None:  # generate(): each layer's cache would be a graph
@@ -1068,9 +1078,8 @@ def compile_model(
 
     for layer in layers:
         layer.forward = types.MethodType(forward_block, layer)
-    inner.get_input_embeddings().forward = types.MethodType(
-        forward_embedding, inner.get_input_embeddings()
-    )
+    words = inner.get_input_embeddings()
+    words.forward = types.MethodType(forward_embedding, words)
     kind = getattr(rope, "rope_type", "default")
     if "dynamic" in kind or kind == "longrope":
         compiled.eager.append(f"rotary: {kind} tables ask for the longest position")
@@ -1565,7 +1574,6 @@ def _checkpoint_blocks(model, on):
 def _plain_arguments(args, stack, save):
     """A copy of TrainingArguments for one stack. transformers' own torch_compile is taken over:
     Trainer would compile the whole model around our regions."""
-
     args = copy.copy(args)
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
@@ -1913,16 +1921,7 @@ def test_gated_kernel_under_interpreter():
     """The Triton kernel itself, on CPU tensors. (A dot of bfloat16 is beyond the interpreter.)"""
     code = "import torch, compile_qlora as c; assert c._by_kernel(torch.empty(1).half()); "
     code += "c._check_gated({torch.float16: 1e-3})"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = os.path.dirname(os.path.abspath(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = flex_attn._run_python(code, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     if "only 0-dimensional arrays" in done.stderr:
         raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -1933,9 +1932,9 @@ def test_gated_operators():
     _check_gated({torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3})
 
 
-def test_gpu_gated_kernel():
+def test_gpu_gated_kernel_on_a_stream():
+    """As many rows as make each program take more tiles; the rest is test_gated_operators'."""
     _needs_gpu()
-    _check_gated({torch.bfloat16: 1e-2, torch.float16: 1e-3})
     stream = torch.cuda.Stream()
     ranks = 64, 40, 8
     args, truth = _gated_case(20000, 264, ranks, torch.bfloat16, 9, "silu")
@@ -1946,45 +1945,33 @@ def test_gpu_gated_kernel():
     _check_gated_grads(*got, truth, ranks, 1e-2, "stream")
 
 
-def test_gated_kernel_compiles_for_every_gpu():
-    """sm_75 (T4) to sm_120, half precisions, both directions, without spilled registers."""
+def _compile_gated(sm, dtype, backward, act, k):
+    """_gated_kernel for a compute capability; needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = _gated_kernel.arg_names
-    # KiB of shared memory of a program
-    limits = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-    for sm, limit in limits.items():
-        for dtype in ("fp16", "bf16") if sm > 75 else ("fp16",):
-            for backward, act, k in (
-                (False, True, 64),
-                (True, False, 32),
-                (True, True, 32),
-                (True, True, FUSED_RANK),
-            ):
-                m, cols, warps, _, stages = _tiles(sm, backward)
-                constants = {"GATE": k, "UP": k, "DOWN": k, "K": k, "GELU": False, "ACT": act}
-                constants |= {"BACKWARD": backward, "M": m, "N": cols, "STAGES": stages}
-                pointers = {n: f"*{dtype}" for n in names if n.endswith("_ptr")}
-                pointers["grads_ptr"] = "*fp32"
-                numbers = dict.fromkeys((n for n in names if n not in constants), "i32")
-                signature = numbers | pointers | dict.fromkeys(constants, "constexpr")
-                aligned = [["tt.divisibility", 16]]
-                attributes = {(i,): aligned for i, n in enumerate(names) if n not in constants}
-                source = ASTSource(_gated_kernel, signature, constants, attributes)
-                target = GPUTarget("cuda", sm, 32)
-                made = triton.compile(source, target=target, options={"num_warps": warps})
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(made.asm["cubin"])
-                    file.flush()
-                    command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
-                    usage = subprocess.run(
-                        command, capture_output=True, text=True, check=True
-                    ).stdout
-                spilled = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
-                assert spilled and not any(spilled), (sm, dtype, backward, usage[-200:])
-                assert made.metadata.shared <= limit * 1024, (sm, k, made.metadata.shared)
+    names, (m, cols, warps, _, stages) = _gated_kernel.arg_names, _tiles(sm, backward)
+    constants = {"GATE": k, "UP": k, "DOWN": k, "K": k, "GELU": False, "ACT": act}
+    constants |= {"BACKWARD": backward, "M": m, "N": cols, "STAGES": stages}
+    types_ = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in names}
+    types_ |= {"grads_ptr": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    numbers = (i for i, name in enumerate(names) if name not in constants)
+    source = ASTSource(
+        _gated_kernel, types_, constants, {(i,): [["tt.divisibility", 16]] for i in numbers}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+
+
+def test_gated_kernel_compiles_for_every_gpu():
+    """sm_75 (T4) to sm_120, half precisions, both directions, without spilled registers."""
+    limits = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory
+    variants = (False, True, 64), (True, False, 32), (True, True, 32), (True, True, FUSED_RANK)
+    for sm, dtype, variant in itertools.product(limits, ("fp16", "bf16"), variants):
+        if (sm, dtype) != (75, "bf16"):  # which has no bf16 products
+            made = _compile_gated(sm, dtype, *variant)
+            used = _sass(made)[1]
+            assert used["STACK"] == used["LOCAL"] == 0, (sm, dtype, variant, used)
+            assert made.metadata.shared <= limits[sm] * 1024, (sm, variant, made.metadata.shared)
 
 
 def test_bitsandbytes_operator_and_quantised_checkpoint():
@@ -2371,8 +2358,11 @@ def _print_curves(runs, path, options, args):
                 again = train("hf", path, options, args).losses
             found[f"hf to hf, {name} in another order"] = difference(runs["hf"].losses, again)
     if "hf" in runs and (args.bf16 or args.fp16):
-        with contextlib.suppress(torch.OutOfMemoryError):  # it needs twice the memory
+        try:
             exact = train("hf", path, options, _in_float32(args)).losses
+        except torch.OutOfMemoryError:
+            print("hf in float32: left out, it needs twice the GPU memory", flush=True)
+        else:
             for stack, run in runs.items():
                 found[f"hf in float32 to {stack}"] = difference(exact, run.losses)
     for name, value in found.items():
@@ -2694,8 +2684,7 @@ def _train(options, args):
     for stack in stacks:
         _need(stack in STACKS, "stacks", repr(stack), f"some of {', '.join(STACKS)}")
     backend = args.torch_compile_backend or "inductor"
-    known = torch._dynamo.list_backends(exclude_tags=None)
-    _need(backend in known, "torch_compile_backend", repr(backend), f"one of {', '.join(known)}")
+    _need_backend(backend, "torch_compile_backend")
     if torch.cuda.is_available() and not args.use_cpu:
         capability = torch.cuda.get_device_capability()
         if backend == "inductor" and "ours_compiled" in stacks:
