@@ -300,12 +300,28 @@ def _runs_on(device: int) -> bool:
 
 
 @functools.cache
+def _driver():
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _bind(device: int):
+    """Gives this thread the device's context if it has none. CUDA's runtime does so at its first
+    call in a thread, the driver does not, and autograd's threads may come here first."""
+    cuda, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(cuda.cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        _check(cuda.cuDeviceGet(ctypes.byref(handle), device))
+        _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+        _check(cuda.cuCtxSetCurrent(context))
+
+
+@functools.cache
 def _load(device: int, *variant):
     """(cuLaunchKernelEx, CUfunction, bytes of shared memory, overlap launches?) on `device`."""
     sm = torch.cuda.get_device_capability(device)
     found, need = f"compute capability {sm}", "an NVIDIA GPU of 7.5 or more"
     _need(_runs_on(device), "GPU", found, need, RuntimeError)
-    cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    cuda = _driver()
     compiled = compile_kernel(sm[0] * 10 + sm[1], *variant)
     module, function, version = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
     with torch.cuda.device(device):
@@ -327,6 +343,7 @@ class _Launch:
         tile = _tile(numel, sms)
         ragged = numel % (tile[0] * 8) != 0 or any(ptr % 16 for ptr in (*pointers, out_ptr))
         variant = (DTYPES[p.dtype], p.blocksize, p.blocksize2, tile, ragged)
+        _bind(self.index)
         driver, function, shared, overlap = _load(self.index, *variant)
         self.args = (ctypes.c_uint64 * 9)(*pointers, 0, numel)  # the last two: Triton's, unused
         base = ctypes.addressof(self.args)
@@ -870,6 +887,11 @@ def test_streams_graphs_threads_and_no_synchronisation():
 
     with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
         assert all(pool.map(work, pairs, wants))
+    out = torch.empty_like(wants[1])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # that thread's first use of CUDA
+        pool.submit(dequantize_nf4, *pairs[1], out).result()
+    torch.cuda.synchronize()
+    assert _same(out, wants[1])
 
 
 def test_any_current_device():
