@@ -61,9 +61,9 @@ import time
 import types
 import unittest
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch._dynamo
@@ -533,14 +533,15 @@ class _Projections(torch.autograd.Function):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)): (up side, down side, activation, recompute, x, tensors)."""
+    """down(act(gate(x)) * up(x)): (up side, down side, activation, recompute, the largest rank that
+    the activation's kernel adds, x, tensors)."""
 
     @staticmethod
-    def forward(ctx, up, down, activation, recompute, x, *tensors):
+    def forward(ctx, up, down, activation, recompute, most, x, *tensors):
         packed, biases, a, b = _split(tensors[:8], 2)
         (down_packed,), (down_bias,), (down_a,), (down_b,) = _split(tensors[8:], 1)
         flat = x.reshape(-1, up.columns).to(up.dtype)
-        fused = max(*up.ranks, *down.ranks) <= FUSED_RANK
+        fused = max(*up.ranks, *down.ranks) <= most
         y, xa, a_stack, b_blocks = _project(up, flat, packed, biases, a, b, add=not fused)
         xa_in, b_in, ranks = _inside(up, fused, y, xa, b_blocks)
         act = gated(y, xa_in, b_in, [*ranks, 0], activation)
@@ -587,9 +588,9 @@ class _GatedMLP(torch.autograd.Function):
         das, dbs = _lora_grads(up, dy, flat, xa, up_ga, dbs=db_gate_up)
         grads = [*das, *dbs, down_da, down_db]
         cast = [g if g is None else g.to(k) for g, k in zip(grads, ctx.kinds, strict=True)]
-        none = [None] * 4
+        dx, none = dx.view(shape).to(dtype), [None] * 5
         # packed, biases, A, B of gate and up; then of down
-        return *none, dx.view(shape).to(dtype), *none, *cast[:4], None, None, *cast[4:]
+        return *none, dx, *none[:4], *cast[:4], None, None, *cast[4:]
 
 
 def _inside(side, fused, like, left, right):
@@ -671,13 +672,13 @@ def _projection_forward(self, x, *args, **kwargs):
 
 
 def _mlp_forward(self, x):
-    by, activation, recompute = self._qlora
+    by, *how = self._qlora
     parts = [_part(module) for module in (self.gate_proj, self.up_proj, self.down_proj)]
     if any(part is None for part in parts):
         return type(self).forward(self, x)
     up, up_tensors = _side(parts[:2], x, by)
     down, down_tensors = _side(parts[2:], x, by)
-    return _GatedMLP.apply(up, down, activation, recompute, x, *up_tensors, *down_tensors)
+    return _GatedMLP.apply(up, down, *how, x, *up_tensors, *down_tensors)
 
 
 def _is_4bit(module):
@@ -695,7 +696,13 @@ def _activation_name(mlp) -> str | None:
     return next((n for n, fn in ACTIVATIONS.items() if torch.allclose(fn(probe), got)), None)
 
 
-def fuse(model, *, dequant: str = "nf4_triton", recompute: bool = False):
+def fuse(
+    model,
+    *,
+    dequant: str = "nf4_triton",
+    recompute: bool = False,
+    peft_rounding: bool = False,
+):
     """Every 4-bit projection and gated MLP of `model`, with or without LoRA, through this file's
     functions. In place; returns model.
 
@@ -703,8 +710,9 @@ def fuse(model, *, dequant: str = "nf4_triton", recompute: bool = False):
     usually inside a PEFT model; attn_implementation="flex_attn" is the caller's. Outputs and
     gradients equal PEFT's within the rounding of the compute dtype. dequant: "nf4_triton", or
     "bnb" for bitsandbytes' own operators. recompute: activations are recomputed in the backward
-    (compile_model with checkpointing), which may then overwrite them. ValueError if the model has
-    no 4-bit layer.
+    (compile_model with checkpointing), which may then overwrite them. peft_rounding: LoRA's products
+    for gate and up are rounded to the compute dtype before the activation, as PEFT does; the kernel
+    keeps them in float32. ValueError if the model has no 4-bit layer.
     """
     _need(dequant in ("nf4_triton", "bnb"), "dequant", repr(dequant), "nf4_triton or bnb")
     layers = {m for m in model.modules() if _is_4bit(m)}
@@ -718,7 +726,8 @@ def fuse(model, *, dequant: str = "nf4_triton", recompute: bool = False):
                 groups.append(found)
         mlp = [getattr(parent, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if all(m in layers for m in mlp) and (name := _activation_name(parent)):
-            parent._qlora = dequant, name, recompute
+            most = 0 if peft_rounding else FUSED_RANK
+            parent._qlora = dequant, name, recompute, most
             parent.forward = types.MethodType(_mlp_forward, parent)
     grouped = {m for group in groups for m in group}
     for group in [*groups, *([m] for m in layers - grouped)]:
@@ -1130,8 +1139,15 @@ class Options:
         default="hf,ours,ours_compiled",
         metadata={"help": f"what to train and compare, of {STACKS}"},
     )
+    controls: bool = field(
+        default=True,
+        metadata={"help": "with hf: also train what the losses' differences are to be judged by"},
+    )
     dequant: str = field(
         default="nf4_triton", metadata={"help": "nf4_triton, or bnb: bitsandbytes' operator"}
+    )
+    peft_rounding: bool = field(
+        default=False, metadata={"help": "gate and up rounded before the activation, as in PEFT"}
     )
     attention: str = field(default="auto", metadata={"help": "a backend of flex_attn"})
     max_autotune: bool = field(default=False, metadata={"help": "let inductor tune products"})
@@ -1206,8 +1222,15 @@ def load(path, stack, options, dtype, device):
         **({} if quantised else {"quantization_config": _nf4_config(dtype)}),
     )
     for module in model.modules():
-        if hasattr(module, "compute_dtype"):  # a checkpoint may ask for bf16 where there is none
-            module.compute_dtype = dtype
+        if hasattr(module, "compute_dtype"):
+            # A checkpoint may ask for bf16 where there is none. And bitsandbytes would round its
+            # weights to that before it rounds them to the products' dtype.
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+    for p in model.parameters():
+        if (
+            p.is_floating_point()
+        ):  # transformers 5.23 leaves these as a quantised checkpoint has them
+            p.data = p.data.to(dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
     lora = peft.LoraConfig(
@@ -1238,7 +1261,8 @@ def prepare(model, stack, options, *, checkpointing=False, fixed=False, backend=
     compiled = stack == "ours_compiled"
     if stack.startswith("ours"):
         flex_attn.register(backend=_attention(options.attention, inner, fixed, options.packing))
-        fuse(model, dequant=options.dequant, recompute=checkpointing and compiled)
+        how = {"dequant": options.dequant, "peft_rounding": options.peft_rounding}
+        fuse(model, recompute=checkpointing and compiled, **how)
         if not compiled:
             chunked_ce.patch_causal_lm(model, check=False)
     if compiled:
@@ -1338,11 +1362,13 @@ class Collate:
     padding has no labels. One kind of mask is one kind of graph."""
 
     pad: int
+    multiple: ClassVar[int] = 1  # the length is made one of
 
     def __call__(self, rows):
         # Packed rows get a token of padding more, where positions restart: else a batch of one
         # document a row has another kind of mask, and so another graph
         longest = max(len(row["input_ids"]) for row in rows) + ("position_ids" in rows[0])
+        longest = -(-longest // self.multiple) * self.multiple
         values = {"input_ids": self.pad, "labels": chunked_ce.IGNORE, "position_ids": 0}
         fill = lambda row, name: [*row[name], *[values[name]] * (longest - len(row[name]))]
         names = [name for name in values if name in rows[0]]
@@ -1986,6 +2012,11 @@ def test_bitsandbytes_operator_and_quantised_checkpoint():
                 more,
             )
         assert not _breaks()
+    saved = _checkpoint(quantised=True, dtype=torch.bfloat16)  # and asked for in float32
+    models = [_model(stack, saved) for stack in ("hf", "ours")]
+    assert {p.dtype for p in models[0].parameters()} == {torch.float32, torch.uint8}
+    (loss_, grads), got = (_step(model, ids) for model in models)
+    assert abs(got[0] - loss_) < 2e-5 * loss_ and _apart(got[1], grads) < 2e-4
 
 
 def test_dropout_adapters_and_evaluation():
@@ -2062,7 +2093,7 @@ def test_loss_curve_through_trainer():
     args = _arguments(**args, learning_rate=2e-3)
     path = _checkpoint()
     eager = train("hf", path, options, args).losses
-    with _other_order():
+    with _other_attention():
         control = train("hf", path, options, args).losses
     run = train("ours_compiled", path, strict, args, backend="aot_eager")
     assert len(run.losses) == 30 and run.losses[-1] < run.losses[0] - 0.2, run.losses
@@ -2080,21 +2111,59 @@ def test_loss_curve_through_trainer():
 
 
 def test_comparison_has_its_controls():
-    """In bf16: both curves, other orders of the sums, and the float32 run they are held against."""
+    """In bf16: the curves, other orders of the sums, PEFT's rounding, and the float32 runs."""
     how = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3}
-    options, path = Options(max_length=64, lora_r=8), _checkpoint()
+    options, path = Options(max_length=60, lora_r=8), _checkpoint()
+    stacks = ["hf", "ours", "ours_compiled"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        runs, results = compare(path, ["hf", "ours"], options, _arguments(**how, bf16=True))
+        runs, results = compare(
+            path, stacks, options, _arguments(**how, bf16=True), backend="aot_eager"
+        )
     exact = train("hf", path, options, _arguments(**how)).losses
     found = results["differences"]
     for stack, run in runs.items():
         want = difference(exact, run.losses)
         assert abs(found[f"hf in float32 to {stack}"] - want) < 0.1 * want, (found, want)
         assert want > 1e-6, "float32 where bf16 was asked for"
-    controls = [v for k, v in found.items() if "another order" in k]
-    assert len(controls) == 3 and max(controls) > 0, found
-    assert out.getvalue().count("largest relative difference") == len(found) == 6
-    assert "loss hf " in out.getvalue() and "loss ours " in out.getvalue()
+    controls = [v for k, v in found.items() if "another order" in k and "float32" not in k]
+    assert len(controls) == 4 and max(controls) > 0, found
+    assert found["in float32, hf to ours_compiled"] < 5e-6, found
+    assert found["in float32, hf to hf, all in another order"] < 5e-6, found
+    assert "hf to ours_compiled with PEFT's rounding" in found
+    assert out.getvalue().count("largest relative difference") == len(found) == 13, found
+    assert all(f"loss {stack} " in out.getvalue() for stack in stacks)
+    with _other_shapes():
+        assert Collate(0)([{"input_ids": [5] * 60, "labels": [5] * 60}])["labels"].shape == (1, 64)
+    options.controls = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, results = compare(path, stacks[:2], options, _arguments(**how))
+    assert set(results["differences"]) == {"hf to ours"}
+
+
+def test_rounding_of_gate_and_up():
+    """In bf16 with a small B: our own sums are closer to float64, the rounded ones to PEFT's."""
+    stock, ours = _model("hf", dtype=torch.bfloat16), _model("ours", dtype=torch.bfloat16)
+    rounded = _model("ours", dtype=torch.bfloat16, peft_rounding=True)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((3, 50, 128), generator=generator).to(_device(), torch.bfloat16)
+    outs, grads = [], []
+    for model in (stock, ours, rounded):
+        mlp = model.get_base_model().model.layers[0].mlp
+        for name, p in mlp.named_parameters():
+            if "lora_B" in name:
+                p.data.mul_(0.02)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(_device(), torch.bfloat16):
+            out = mlp(leaf)
+        out.float().pow(2).sum().backward()
+        outs.append(out.detach().double())
+        grads.append(mlp.gate_proj.lora_B["default"].weight.grad.double())
+    exact = _float64(mlp, x.double())[0].detach()
+    apart = lambda a, b: ((a - b).norm() / b.norm()).item()
+    to_exact = [apart(out, exact) for out in outs]
+    assert to_exact[1] < 0.93 * min(to_exact[0], to_exact[2]), to_exact
+    assert apart(outs[2], outs[0]) < 0.93 * apart(outs[1], outs[0]), (to_exact, outs)
+    assert apart(grads[2], grads[0]) < 0.02 and apart(grads[1], grads[0]) < 0.02
 
 
 def test_interrupted_and_resumed():
@@ -2217,7 +2286,7 @@ def test_gpu_trainer_in_half_precision():
         args = _arguments(per_device_train_batch_size=2, learning_rate=1e-3, **more)
         options = Options(max_length=512, error_on_recompile=2)
         eager = train("hf", path, options, args).losses
-        with _other_order():
+        with _other_attention():
             noise = difference(eager, train("hf", path, options, args).losses)
         options.offload = checkpointing
         run = train("ours_compiled", path, options, args)
@@ -2276,7 +2345,7 @@ def test_gpu_max_autotune():
 
 
 @contextlib.contextmanager
-def _other_order():
+def _other_attention():
     """Attention by SDPA's math kernel: the same sums in another order."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -2298,6 +2367,16 @@ def _other_products():
         yield
     finally:
         choose(usual)
+
+
+@contextlib.contextmanager
+def _other_shapes():
+    """Rows padded to multiples of 64: other tiles and other kernels."""
+    Collate.multiple, usual = 64, Collate.multiple
+    try:
+        yield
+    finally:
+        Collate.multiple = usual
 
 
 def compare(path, stacks, options, args, *, save=False, resume=None, backend="inductor"):
@@ -2342,31 +2421,51 @@ def _print_curves(runs, path, options, args):
         for i in range(0, len(run.losses), 10):
             values = " ".join(f"{x:.5f}" for x in run.losses[i : i + 10])
             print(f"loss {stack:<14} from step {i + 1:<4} {values}")
-    stacks = list(runs)
     found = {}
-    for i, a in enumerate(stacks):
-        for b in stacks[i + 1 :]:
-            found[f"{a} to {b}"] = difference(runs[a].losses, runs[b].losses)
-    capped = getattr(_causal_config(path).get_text_config(), "attn_logit_softcapping", None)
-    if "hf" in runs and not capped:
-        orders = {"attention": [_other_order], "products": [_other_products]}
-        orders["both"] = [_other_order, _other_products]
-        for name, order in orders.items():
-            with contextlib.ExitStack() as stack:
-                for other in order:
-                    stack.enter_context(other())
-                again = train("hf", path, options, args).losses
-            found[f"hf to hf, {name} in another order"] = difference(runs["hf"].losses, again)
-    if "hf" in runs and (args.bf16 or args.fp16):
-        try:
-            exact = train("hf", path, options, _in_float32(args)).losses
-        except torch.OutOfMemoryError:
-            print("hf in float32: left out, it needs twice the GPU memory", flush=True)
-        else:
-            for stack, run in runs.items():
-                found[f"hf in float32 to {stack}"] = difference(exact, run.losses)
+    for a, b in itertools.combinations(runs, 2):
+        found[f"{a} to {b}"] = difference(runs[a].losses, runs[b].losses)
+    if options.controls and "hf" in runs:
+        found |= _controls(runs, path, options, args)
     for name, value in found.items():
         print(f"largest relative difference of the losses, {name}: {value:.2e}", flush=True)
+    return found
+
+
+def _controls(runs, path, options, args):
+    """Differences of runs made to judge the others by: `hf` with its sums in other orders, PEFT's
+    rounding in our functions, and all of it in float32."""
+    half, compiled = args.bf16 or args.fp16, "ours_compiled" in runs
+    orders = {"attention": _other_attention, "products": _other_products, "shapes": _other_shapes}
+    if getattr(_causal_config(path).get_text_config(), "attn_logit_softcapping", None):
+        del orders["attention"]  # transformers then computes it without SDPA
+
+    def losses(stack, args, change=(), **more):
+        with contextlib.ExitStack() as changed:
+            for other in change:
+                changed.enter_context(other())
+            return train(stack, path, replace(options, **more), args).losses
+
+    found, hf = {}, runs["hf"].losses
+    for name, change in [*((n, [o]) for n, o in orders.items()), ("all", orders.values())]:
+        again = losses("hf", args, change)
+        found[f"hf to hf, {name} in another order"] = difference(hf, again)
+    if half and compiled:
+        rounded = losses("ours_compiled", args, peft_rounding=True)
+        found["hf to ours_compiled with PEFT's rounding"] = difference(hf, rounded)
+    if not half:
+        return found
+    try:
+        exact, args = losses("hf", _in_float32(args)), _in_float32(args)
+        for stack, run in runs.items():
+            found[f"hf in float32 to {stack}"] = difference(exact, run.losses)
+        again = losses("hf", args, orders.values())
+        found["in float32, hf to hf, all in another order"] = difference(exact, again)
+        if compiled:
+            found["in float32, hf to ours_compiled"] = difference(
+                exact, losses("ours_compiled", args)
+            )
+    except torch.OutOfMemoryError:
+        print("in float32: left out, it needs twice the GPU memory", flush=True)
     return found
 
 
@@ -2425,6 +2524,26 @@ def _by_group(step):
     return dict(groups.most_common())
 
 
+def _power(step, times=8):
+    """While steps run: the GPU's watts and MHz, each of how many; {} without nvidia-smi."""
+    names = "power.draw,power.limit,clocks.sm,clocks.max.sm"
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={names}", "--format=csv,noheader,nounits"]
+    try:
+        reader = subprocess.Popen([*command, "-lms", "50"], stdout=subprocess.PIPE, text=True)
+    except OSError:
+        return {}
+    for _ in range(times):
+        step()
+    reader.terminate()
+    found = re.findall(
+        r"^([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)$", reader.communicate()[0], re.MULTILINE
+    )
+    columns = zip(*(map(float, line) for line in found[len(found) // 2 :]), strict=True)
+    keys = "watts", "watts_most", "mhz", "mhz_most"
+    return {key: statistics.median(column) for key, column in zip(keys, columns, strict=False)}
+
+
 def _phases(model, batch, optimizer):
     """Peak GiB while each part of a step runs."""
     peaks = {"weights": torch.cuda.memory_allocated() / GIB}
@@ -2454,6 +2573,7 @@ def worker(spec: dict) -> dict:
     else:
         options = Options(max_length=spec["length"], max_autotune=spec.get("max_autotune", False))
         options.offload = spec["checkpointing"] and device == "cuda"  # as Unsloth's does
+        options.attention = spec.get("attention", "auto")
         torch.manual_seed(0)
         model, _ = load(spec["path"], stack, options, torch.bfloat16, device)
         how = {"checkpointing": spec["checkpointing"], "fixed": True}
@@ -2502,7 +2622,7 @@ def worker(spec: dict) -> dict:
     if device == "cuda":
         result["phases_gib"] = _phases(model, make(), optimizer)
         if spec.get("profile"):
-            result["groups_ms"] = _by_group(step)
+            result["groups_ms"], result["power"] = _by_group(step), _power(step)
     return result
 
 
@@ -2540,6 +2660,11 @@ def _say_result(r):
         total = sum(r["groups_ms"].values())
         parts = ", ".join(f"{k} {v:.1f}" for k, v in r["groups_ms"].items())
         lines.append(f"    on the device {total:.1f} ms: {parts}")
+    if p := r.get("power"):
+        words = (
+            f"{p['watts']:.0f} of {p['watts_most']:.0f} W, {p['mhz']:.0f} of {p['mhz_most']:.0f}"
+        )
+        lines.append(f"    while it runs {words} MHz")
     if "warm_first_s" in r:
         lines.append(f"    first step with a warm cache {r['warm_first_s']:.1f} s")
     print("\n".join(lines), flush=True)
@@ -2557,8 +2682,10 @@ def bench_gpu(results, sizes) -> dict:
     gpus = queue.SimpleQueue()
     for gpu in range(torch.cuda.device_count()):
         gpus.put(gpu)
-    jobs = []
-    for name in sizes:
+    known = "1b", "8b", "challenge"
+    _need(set(sizes) <= set(known), "COMPILE_QLORA_SIZES", ",".join(sizes), ",".join(known))
+    jobs, names = [], [name for name in sizes if name != "challenge"]
+    for name in names:
         config = _llama(name)
         if free < {"1b": 30, "8b": 70}[name]:
             print(f"{name}: skipped, {free:.0f} GiB of GPU memory")
@@ -2593,7 +2720,7 @@ def bench_gpu(results, sizes) -> dict:
         key=lambda r: (r["name"], r["checkpointing"], [*STACKS, "unsloth"].index(r["stack"]))
     )
     head = {}
-    for name in sizes:
+    for name in names:
         for checkpointing in (False, True):
             key = f"{name}{'_ckpt' if checkpointing else ''}"
             rates = {
@@ -2607,9 +2734,10 @@ def bench_gpu(results, sizes) -> dict:
                 best = max(others, key=others.get)
                 head[f"{key}_vs_{best}"] = ours / others[best]
     results["speed"] = found
-    if "1b" in sizes and (folder / "1b").exists():
+    if "challenge" in sizes:
+        if not (folder / "1b").exists():
+            write_checkpoint(folder / "1b", _llama("1b"), device="cuda")
         results["challenge"] = _challenge(str(folder / "1b"), steps=30)
-
     shutil.rmtree(folder, ignore_errors=True)
     return head
 
@@ -2737,7 +2865,7 @@ def main(argv=None) -> int:
             code, checks = _self_test() if options.test or not options.bench else (0, 0)
             if not code and (options.bench or not options.test):
                 gpu = torch.cuda.is_available()
-                sizes = os.environ.get("COMPILE_QLORA_SIZES", "1b,8b").split(",")
+                sizes = os.environ.get("COMPILE_QLORA_SIZES", "1b,8b,challenge").split(",")
                 head = bench_gpu(results, sizes) if gpu else bench_cpu(results)
         if options.json:
             part = Path(f"{options.json}.part")
