@@ -2134,6 +2134,20 @@ def test_comparison_has_its_controls():
     assert all(f"loss {stack} " in out.getvalue() for stack in stacks)
     with _other_shapes():
         assert Collate(0)([{"input_ids": [5] * 60, "labels": [5] * 60}])["labels"].shape == (1, 64)
+    stock = torch.nn.Linear.forward
+
+    def full(self, x):
+        if not torch.backends.cuda.flash_sdp_enabled():  # a control: with SDPA's math kernel
+            raise torch.OutOfMemoryError
+        return stock(self, x)
+
+    torch.nn.Linear.forward = full
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            _, results = compare(path, stacks[:2], options, _arguments(**how))
+    finally:
+        torch.nn.Linear.forward = stock
+    assert out.getvalue().count("left out") == 2 and len(results["differences"]) == 3
     options.controls = False
     with contextlib.redirect_stdout(io.StringIO()):
         _, results = compare(path, stacks[:2], options, _arguments(**how))
@@ -2194,6 +2208,22 @@ def test_interrupted_and_resumed():
     rest = go(args, save=True, resume=True)
     assert rest.losses == whole[3:], (rest.losses, whole)
     assert (Path(folder) / "adapter_model.safetensors").exists()
+
+    def control(self, *a, **k):
+        if not torch.backends.cuda.flash_sdp_enabled():  # so it is the one with SDPA's math kernel
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(self, *a, **k)
+
+    trainer.training_step = control
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            compare(path, ["hf", "ours"], options, args)
+    except KeyboardInterrupt:
+        assert "losses, hf to ours" in out.getvalue() and "hf to hf" not in out.getvalue()
+    else:
+        raise AssertionError("a control went on after Ctrl-C")
+    finally:
+        trainer.training_step = stock
 
 
 def test_a_graph_break_is_named():
@@ -2405,7 +2435,7 @@ def compare(path, stacks, options, args, *, save=False, resume=None, backend="in
             break
     whole = all(run.losses and not run.interrupted for run in runs.values())
     if whole and len({len(run.losses) for run in runs.values()}) == 1 < len(runs):
-        results["differences"] = _print_curves(runs, path, options, args)
+        results["differences"] = _print_curves(runs, path, options, args, backend)
     return runs, results
 
 
@@ -2416,24 +2446,30 @@ def _in_float32(args):
     return args
 
 
-def _print_curves(runs, path, options, args):
+def _print_curves(runs, path, options, args, backend):
     for stack, run in runs.items():
         for i in range(0, len(run.losses), 10):
             values = " ".join(f"{x:.5f}" for x in run.losses[i : i + 10])
             print(f"loss {stack:<14} from step {i + 1:<4} {values}")
     found = {}
+
+    def note(name, a, b):
+        words = "left out, it needs more GPU memory"
+        if a and b:
+            found[name] = difference(a, b)
+            words = f"{found[name]:.2e}"
+        print(f"largest relative difference of the losses, {name}: {words}", flush=True)
+
     for a, b in itertools.combinations(runs, 2):
-        found[f"{a} to {b}"] = difference(runs[a].losses, runs[b].losses)
+        note(f"{a} to {b}", runs[a].losses, runs[b].losses)
     if options.controls and "hf" in runs:
-        found |= _controls(runs, path, options, args)
-    for name, value in found.items():
-        print(f"largest relative difference of the losses, {name}: {value:.2e}", flush=True)
+        _controls(runs, path, options, args, backend, note)
     return found
 
 
-def _controls(runs, path, options, args):
-    """Differences of runs made to judge the others by: `hf` with its sums in other orders, PEFT's
-    rounding in our functions, and all of it in float32."""
+def _controls(runs, path, options, args, backend, note):
+    """Runs made to judge the others by: `hf` with its sums in other orders, our functions with
+    PEFT's rounding, and all of it in float32."""
     half, compiled = args.bf16 or args.fp16, "ours_compiled" in runs
     orders = {"attention": _other_attention, "products": _other_products, "shapes": _other_shapes}
     if getattr(_causal_config(path).get_text_config(), "attn_logit_softcapping", None):
@@ -2443,30 +2479,31 @@ def _controls(runs, path, options, args):
         with contextlib.ExitStack() as changed:
             for other in change:
                 changed.enter_context(other())
-            return train(stack, path, replace(options, **more), args).losses
+            try:
+                run = train(stack, path, replace(options, **more), args, backend=backend)
+            except torch.OutOfMemoryError:
+                return []
+        if run.interrupted:
+            raise KeyboardInterrupt
+        return run.losses
 
-    found, hf = {}, runs["hf"].losses
+    print("more runs to judge these by (--controls false leaves them out)", flush=True)
+    hf = runs["hf"].losses
     for name, change in [*((n, [o]) for n, o in orders.items()), ("all", orders.values())]:
-        again = losses("hf", args, change)
-        found[f"hf to hf, {name} in another order"] = difference(hf, again)
+        note(f"hf to hf, {name} in another order", hf, losses("hf", args, change))
     if half and compiled:
         rounded = losses("ours_compiled", args, peft_rounding=True)
-        found["hf to ours_compiled with PEFT's rounding"] = difference(hf, rounded)
+        note("hf to ours_compiled with PEFT's rounding", hf, rounded)
     if not half:
-        return found
-    try:
-        exact, args = losses("hf", _in_float32(args)), _in_float32(args)
-        for stack, run in runs.items():
-            found[f"hf in float32 to {stack}"] = difference(exact, run.losses)
-        again = losses("hf", args, orders.values())
-        found["in float32, hf to hf, all in another order"] = difference(exact, again)
-        if compiled:
-            found["in float32, hf to ours_compiled"] = difference(
-                exact, losses("ours_compiled", args)
-            )
-    except torch.OutOfMemoryError:
-        print("in float32: left out, it needs twice the GPU memory", flush=True)
-    return found
+        return
+    args = _in_float32(args)
+    exact = losses("hf", args)
+    for stack, run in runs.items():
+        note(f"hf in float32 to {stack}", exact, run.losses)
+    again = losses("hf", args, orders.values())
+    note("in float32, hf to hf, all in another order", exact, again)
+    if compiled:
+        note("in float32, hf to ours_compiled", exact, losses("ours_compiled", args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2573,7 +2610,6 @@ def worker(spec: dict) -> dict:
     else:
         options = Options(max_length=spec["length"], max_autotune=spec.get("max_autotune", False))
         options.offload = spec["checkpointing"] and device == "cuda"  # as Unsloth's does
-        options.attention = spec.get("attention", "auto")
         torch.manual_seed(0)
         model, _ = load(spec["path"], stack, options, torch.bfloat16, device)
         how = {"checkpointing": spec["checkpointing"], "fixed": True}
