@@ -64,6 +64,7 @@ import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -1576,6 +1577,20 @@ def train(stack, path, options, args, *, save=False, resume=None, backend="induc
     return Run(stack, losses, watch.first_s, rate, memory, report, watch.stop, compiled)
 
 
+def _half():
+    """The half precision that this GPU has products in."""
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def _in_precision(args, half):
+    """A copy of TrainingArguments made for "bf16", "fp16" or, if None, float32."""
+    args = copy.copy(args)
+    args.bf16, args.fp16 = half == "bf16", half == "fp16"
+    args.mixed_precision = half or "no"  # which Trainer reads: autocast, and fp16's GradScaler
+    _import("accelerate").state.AcceleratorState._reset_state()  # one precision a process
+    return args
+
+
 # Since transformers 5.2x the first name, before the second
 CHECKPOINTING = "activation_checkpointing", "gradient_checkpointing"
 
@@ -2306,6 +2321,23 @@ def test_command_line_trains():
     assert (folder / "out" / "adapter_model.safetensors").exists()
 
 
+def test_precision_is_the_gpus():
+    """If nothing is asked for: bf16, and before Ampere fp16, as Trainer itself would have it."""
+    run = types.SimpleNamespace(interrupted=False, stack="ours")
+    for capability, half in (((7, 5), "fp16"), ((8, 0), "bf16")):
+        args, take = _arguments(), mock.Mock(return_value=({"ours": run}, {}))
+        args.use_cpu = False
+        gpu = {"is_available": lambda: True, "get_device_capability": lambda of=capability: of}
+        options = Options(model=_checkpoint())
+        with mock.patch.multiple(torch.cuda, **gpu), mock.patch.dict(globals(), compare=take):
+            assert _train(options, args) == (0, {})
+        got = take.call_args.args[3]
+        precision = got.bf16, got.fp16, got.mixed_precision
+        assert precision == (half == "bf16", half == "fp16", half), (capability, precision)
+    want, got = _arguments(bf16=True), _in_precision(_arguments(), "bf16")
+    assert (got.bf16, got.fp16, got.mixed_precision) == (True, False, want.mixed_precision)
+
+
 def test_gpu_trainer_in_half_precision():
     """On a GPU through inductor: bf16, and fp16 with Trainer's GradScaler, against eager."""
     _needs_gpu()
@@ -2438,13 +2470,6 @@ def compare(path, stacks, options, args, *, save=False, resume=None, backend="in
     return runs, results
 
 
-def _in_float32(args):
-    args = copy.copy(args)
-    args.bf16, args.fp16, args.mixed_precision = False, False, "no"
-    _import("accelerate").state.AcceleratorState._reset_state()  # one precision a process
-    return args
-
-
 def _print_curves(runs, path, options, args, backend):
     for stack, run in runs.items():
         for i in range(0, len(run.losses), 10):
@@ -2495,7 +2520,7 @@ def _controls(runs, path, options, args, backend, note):
         note("hf to ours_compiled with PEFT's rounding", hf, rounded)
     if not half:
         return
-    args = _in_float32(args)
+    args = _in_precision(args, None)
     exact = losses("hf", args)
     for stack, run in runs.items():
         note(f"hf in float32 to {stack}", exact, run.losses)
@@ -2784,8 +2809,8 @@ def _challenge(path, steps):
         gradient_accumulation_steps=2,
         max_steps=steps,
         learning_rate=1e-4,
-        bf16=True,
         seed=3407,
+        **{_half(): True},
     )
     options = Options(max_length=1024, error_on_recompile=2)
     return compare(path, ["hf", "ours", "ours_compiled"], options, args)[1]
@@ -2857,10 +2882,9 @@ def _train(options, args):
                 "sm_70",
             )
         if not args.fp16 and not args.bf16:
-            args.bf16 = capability >= (8, 0)
-            args.fp16 = not args.bf16
-        if args.bf16:
-            _need(capability >= (8, 0), "bf16", f"sm_{capability[0]}{capability[1]}", "--fp16 true")
+            args = _in_precision(args, _half())
+        ok = not args.bf16 or _half() == "bf16"
+        _need(ok, "bf16", f"sm_{capability[0]}{capability[1]}", "--fp16 true")
     if options.log:
         Path("results").mkdir(exist_ok=True)
         os.environ["TORCH_LOGS_OUT"] = "results/compile_qlora_torch.log"
