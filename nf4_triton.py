@@ -354,7 +354,29 @@ class _Launch:
         self.config = _Config(sizes, None, *attrs)
         # Ready-made argument objects: converted from integers in each call they cost 0.1 us
         args = ctypes.byref(self.config), function, ctypes.byref(self.params), None
-        self.go = functools.partial(driver, *args)
+        self.go, self.ragged = functools.partial(driver, *args), ragged
+
+    def move(self, weight, state) -> bool:
+        """Takes the addresses anew, of tensors whose storage was freed and allocated again, as
+        FSDP2 does with what it gathers. False if anything else has changed."""
+        tensors = _tensors(weight, state)
+        pointers = [t.data_ptr() for t in tensors]
+        same = len(tensors) == len(self.seen) and all(
+            t is ref() and (t.dtype, t.numel(), t.device) == kind
+            for t, (ref, kind) in zip(tensors, self.seen, strict=True)
+        )
+        if not same or not self.ragged and any(pointer % 16 for pointer in pointers):
+            return False
+        self.args[: len(pointers)] = pointers
+        self.weight_ptr, self.absmax_ptr = pointers[:2]
+        self.nested_ptr = pointers[3] if state.state2 else pointers[1]
+        return True
+
+
+def _tensors(weight, state):
+    """A weight's, in the kernel's order."""
+    nested = state.state2
+    return [weight, state.absmax, *([nested.code, nested.absmax, state.offset] if nested else [])]
 
 
 def _run(p: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -417,6 +439,8 @@ def _dequantize(weight, state, out, dtype):
         launch.shape, launch.dtype, launch.offset = state.shape, p.dtype, state.offset
         nested, (launch.weight_ptr, launch.absmax_ptr) = state.state2 or state, launch.args[:2]
         launch.nested_ptr, launch.code = nested.absmax.data_ptr(), nested.code
+        kinds = ((weakref.ref(t), (t.dtype, t.numel(), t.device)) for t in _tensors(weight, state))
+        launch.seen = list(kinds)
         launch.kind = (p.shape, p.dtype, weight.device, True, 0)
         # *shape: as one torch.Size it takes 8 us to parse, as numbers 2.5
         launch.empty = functools.partial(torch.empty, *p.shape, dtype=p.dtype, device=weight.device)
@@ -452,10 +476,13 @@ def dequantize_nf4(weight, quant_state, out=None, *, dtype=None) -> torch.Tensor
             or launch.dtype is not (dtype or quant_state.dtype)
             or launch.offset is not quant_state.offset
             or launch.code is not nested.code
-            or launch.weight_ptr != weight.data_ptr()
+        ):
+            return _dequantize(weight, quant_state, out, dtype)
+        if (
+            launch.weight_ptr != weight.data_ptr()
             or launch.absmax_ptr != quant_state.absmax.data_ptr()
             or launch.nested_ptr != nested.absmax.data_ptr()
-        ):
+        ) and not launch.move(weight, quant_state):
             return _dequantize(weight, quant_state, out, dtype)
         if _current_device() != launch.index:
             with torch.cuda.device(launch.index):
@@ -810,6 +837,37 @@ def test_bits_equal_bitsandbytes_on_gpu():
         weight, state = _pair(6, (64, 64), torch.bfloat16, 64, 0, device="cuda")
         state.absmax[::2] = special
         assert _same(dequantize_nf4(weight, state), bnb.dequantize_4bit(weight, state))
+
+
+def test_gpu_storage_that_moves():
+    """Views of one buffer whose storage is freed and allocated elsewhere, as FSDP2 does."""
+    if not torch.cuda.is_available():
+        raise unittest.SkipTest("needs a CUDA GPU")
+    import copy
+
+    weight, state = _pair(6, (64, 4096), torch.bfloat16, 64, 256, device="cuda")
+    want, parts = dequantize_nf4(weight, state), _tensors(weight, state)
+    sizes = [-(-t.nbytes // 256) * 256 for t in parts]
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
+    views = [
+        p[: t.nbytes].view(t.dtype).view(t.shape)
+        for p, t in zip(flat.split(sizes), parts, strict=True)
+    ]
+    moved, nested = copy.copy(state), copy.copy(state.state2)
+    moved.absmax, nested.code, nested.absmax, moved.offset = views[1:]
+    moved.state2, addresses = nested, set()
+    held = []
+    for _ in range(4):
+        flat.untyped_storage().resize_(0)
+        held.append(torch.full((sum(sizes),), 255, dtype=torch.uint8, device="cuda"))
+        flat.untyped_storage().resize_(sum(sizes))
+        for view, part in zip(views, parts, strict=True):
+            view.copy_(part)
+        known = _local.known.get(id(moved))
+        assert torch.equal(dequantize_nf4(views[0], moved), want)
+        assert known is None or _local.known[id(moved)] is known  # no second plan
+        addresses.add(flat.data_ptr())
+    assert len(addresses) > 1
 
 
 def test_changes_after_the_first_call_are_noticed():
