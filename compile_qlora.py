@@ -1027,7 +1027,7 @@ def compile_model(
     backend that does not exist or a model whose blocks are not found.
     """
     _need_backend(backend, "backend")
-    ok = not offload or next(model.parameters()).is_cuda
+    ok = not offload or model.get_input_embeddings().weight.is_cuda
     _need(ok, "offload", "a model on a CPU", "one on a GPU")
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner = causal.base_model
@@ -1115,8 +1115,8 @@ STACKS = {
 
 
 @dataclass
-class Options:
-    """What this script adds to TrainingArguments."""
+class ModelOptions:
+    """What model, data and LoRA; what qlora_fsdp2.py adds to TrainingArguments too."""
 
     model: str | None = field(
         default=None, metadata={"help": "hub id or directory; none: a small random Llama"}
@@ -1136,14 +1136,6 @@ class Options:
     target_modules: list[str] = field(
         default_factory=lambda: list(TARGETS), metadata={"help": "layers that get LoRA"}
     )
-    stacks: str = field(
-        default="hf,ours,ours_compiled",
-        metadata={"help": f"what to train and compare, of {STACKS}"},
-    )
-    controls: bool = field(
-        default=True,
-        metadata={"help": "with hf: also train what the losses' differences are to be judged by"},
-    )
     dequant: str = field(
         default="nf4_triton", metadata={"help": "nf4_triton, or bnb: bitsandbytes' operator"}
     )
@@ -1155,15 +1147,29 @@ class Options:
     offload: bool = field(
         default=False, metadata={"help": "checkpointed activations in pinned host memory (GPU)"}
     )
+    test: bool = field(default=False, metadata={"help": "the self-test alone"})
+    bench: bool = field(default=False, metadata={"help": "the timings alone"})
+    json: str | None = field(default=None, metadata={"help": "also write the results as JSON"})
+
+
+@dataclass
+class Options(ModelOptions):
+    """What this script adds to TrainingArguments."""
+
+    stacks: str = field(
+        default="hf,ours,ours_compiled",
+        metadata={"help": f"what to train and compare, of {STACKS}"},
+    )
+    controls: bool = field(
+        default=True,
+        metadata={"help": "with hf: also train what the losses' differences are to be judged by"},
+    )
     log: bool = field(
         default=False, metadata={"help": "the compiler's words on breaks and recompilations"}
     )
     error_on_recompile: int = field(
         default=0, metadata={"help": "from this optimizer step on a recompilation is an error"}
     )
-    test: bool = field(default=False, metadata={"help": "the self-test alone"})
-    bench: bool = field(default=False, metadata={"help": "the timings alone"})
-    json: str | None = field(default=None, metadata={"help": "also write the results as JSON"})
 
 
 _import = importlib.import_module  # a dependency when it is needed; main says which is missing
@@ -1279,7 +1285,7 @@ def _attention(backend, inner, fixed, packing):
     which `auto` takes for those on Hopper, plans anew for each length: 84 ms on an H200, forward
     and backward, as often as there are lengths. Where they do not change (fixed) it is 6% faster at
     head size 128, and slower at 64."""
-    layer, weight = inner.layers[0].self_attn, next(inner.parameters())
+    layer, weight = inner.layers[0].self_attn, inner.get_input_embeddings().weight
     dim = getattr(layer, "head_dim", None)
     if backend != "auto" or dim is None:
         return backend
