@@ -1,0 +1,2801 @@
+"""QLoRA on several GPUs under FSDP2, through transformers' Trainer, from one GPU's loss curve.
+
+Problem: FSDP2 shards parameters, and a QLoRA model's are mostly 4-bit bytes that must be neither
+cast nor trained. transformers' way types those bytes as bf16 and gathers them for every block,
+which costs memory, traffic and, for some bit patterns, the bytes themselves.
+
+Idea: what FSDP2 sees is what is trained.
+- Each block's frozen tensors (packed weights, their quantisation states, norms) lie in one uint8
+  buffer of which they are views. --base replicate, the default: every rank has it, FSDP2 never
+  sees it, and all traffic of a step is LoRA's.
+- --base shard: the same buffer is one frozen uint8 parameter of the block's FSDP2 group. FSDP2
+  shards it, gathers it with LoRA's in one all-gather, ahead of need, and frees it; the views stay
+  valid because FSDP2 gathers into the same storage. A 70B base then needs a share of its bytes on
+  each GPU. torch 2.11 would make it trainable and cast it: two small patches, both in _fully_shard.
+- Ranks read a checkpoint's blocks in turns, quantise them on their GPU if they are not, and send
+  the bytes to the others. No rank reads what another reads, or holds a 16-bit model.
+- Blocks are compiled one by one inside FSDP2's hooks, with everything that compile_qlora.py fuses
+  (part A's kernel, gated MLP, checkpointing by the partitioner); the loss is chunked_ce.py's.
+- Data is dealt as a single process would read it, also the last uneven batches, and the loss is
+  the mean over all ranks' tokens, so the curve is that of one GPU with the same global batch.
+- The optimizer and clipping work on each rank's piece, without DTensor's cost for each tensor.
+- Checkpoints are torch.distributed.checkpoint's, written beside training and renamed when whole.
+
+Left out: tensor, context and pipeline parallelism; full finetuning; evaluation while training.
+The head and the embedding are in 16 bits, frozen; with --base shard gathered when they are used.
+Two T4s were not at hand: README.md says what was done instead.
+
+    python qlora_fsdp2.py                  self-test, then timings; --test or --bench for one
+    torchrun --nproc_per_node 2 qlora_fsdp2.py --model unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit
+        --dataset data.jsonl --max_length 2048 --per_device_train_batch_size 2
+        --gradient_accumulation_steps 4 --max_steps 60 --gradient_checkpointing true --fp16 true
+        (any TrainingArguments flag; on several machines as torchrun's own manual says)
+    torchrun ... --base shard --cpu_offload true --replicas 2 --optim adamw_8bit --merge true
+    torchrun ... --resume_from_checkpoint true         on as many GPUs or another number
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+try:
+    import chunked_ce
+    import compile_qlora
+    from compile_qlora import GIB, TARGETS, _import, _need
+    from nf4_triton import dequantize_nf4
+except ModuleNotFoundError as error:
+    if error.name not in ("chunked_ce", "compile_qlora", "flex_attn", "nf4_triton"):
+        raise
+    found = f"qlora_fsdp2: found no {error.name}.py, need it in this script's directory"
+    if __name__ != "__main__":
+        raise ImportError(found) from None
+    print(found, file=sys.stderr)
+    sys.exit(77)
+
+ALIGN = 256  # bytes between the starts of tensors in a unit's buffer
+SHARD_BYTES = 5 * 10**9  # of a merged model's files
+
+
+class Missing(RuntimeError):
+    """The hardware that was asked for is not there: exit 77."""
+
+
+# --------------------------------------------------------------------------------------------------
+# The ranks
+
+
+class World(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local: int  # on this machine
+    device: torch.device
+    gloo: object  # a process group for CPU tensors and objects
+    saver: object  # another, for checkpoints: they are written while training goes on
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def _environment() -> tuple[int, int, int]:
+    """(rank, size, local rank) as torchrun says; (0, 1, 0) without it."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    given = [name for name in names if name in os.environ]
+    found = ", ".join(given)
+    _need(len(given) in (0, 3), "environment", found, f"all of {', '.join(names)}: use torchrun")
+    numbers = [int(os.environ[name]) for name in given] or [0, 1, 0]
+    rank, size, local = numbers
+    _need(0 <= rank < size, "RANK", f"{rank} of WORLD_SIZE {size}", f"0 to {size - 1}")
+    return rank, size, local
+
+
+def join(use_cpu: bool = False) -> World:
+    """Joins the process group that torchrun describes: NCCL and gloo, or gloo alone on CPUs.
+    Missing if this machine has fewer GPUs than ranks."""
+    rank, size, local = _environment()
+    gpus = 0 if use_cpu else torch.cuda.device_count()
+    if gpus and local >= gpus:
+        need = f"one a process: --nproc_per_node {gpus} at most"
+        raise Missing(f"found {gpus} GPUs on this machine and local rank {local}, need {need}")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    how = {"backend": "cpu:gloo,cuda:nccl" if gpus else "gloo"}
+    if gpus:
+        torch.cuda.set_device(device)
+        how["device_id"] = device
+    if not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            how |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(**how)
+    groups = (dist.new_group(backend="gloo") for _ in range(2))
+    return World(rank, size, local, device, *groups)
+
+
+class _Voice:
+    """Lets one rank speak for all: the first that has something to say."""
+
+    def __init__(self):
+        self.store, self.output_dir = None, "results/qlora_fsdp2"
+
+    def connect(self):
+        """A line of its own to the store of torchrun's agent, which outlives any rank."""
+        names = "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"
+        if all(name in os.environ for name in names):
+            address, port, _ = (os.environ[name] for name in names)
+            how = {"is_master": False, "wait_for_workers": False}
+            with contextlib.suppress(RuntimeError):
+                self.store = dist.TCPStore(address, int(port), **how)
+
+    def say(self, words):
+        with contextlib.suppress(RuntimeError):
+            count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if self.store is not None and self.store.add(f"qlora_fsdp2/said/{count}", 1) > 1:
+                return
+        who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"qlora_fsdp2: {who}{words}", file=sys.stderr, flush=True)
+        print("RESULT qlora_fsdp2 FAIL", flush=True)
+
+
+_voice = _Voice()
+
+
+def _end_with_the_others():
+    """torchrun sends SIGTERM when a rank has died. Python runs no handler while a collective waits
+    for that rank, but the interpreter writes the signal's number to a pipe at once."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch():
+        while signals := os.read(read, 1):
+            if signals[0] == signal.SIGTERM:
+                what = "another rank has ended, or the job was stopped from outside"
+                _voice.say(f"stopped: {what}; {_last_words()}")
+                os._exit(143)
+
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _checkpoints(output_dir) -> list[Path]:
+    """The complete ones, oldest first."""
+    found = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def _last_words():
+    complete = _checkpoints(_voice.output_dir)
+    if not complete:
+        return f"no checkpoint is complete in {_voice.output_dir}"
+    return f"the last complete checkpoint is {complete[-1]} (--resume_from_checkpoint true)"
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass
+class Options(compile_qlora.ModelOptions):
+    """What this script adds to TrainingArguments."""
+
+    max_length: int = field(default=2048, metadata={"help": "tokens of a row at most"})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
+    lora_alpha: float = field(default=128.0, metadata={"help": "scaling = lora_alpha / lora_r"})
+    base: str = field(
+        default="replicate",
+        metadata={"help": "the frozen weights: replicate, shard, or auto by free memory"},
+    )
+    replicas: int = field(
+        default=1, metadata={"help": "HSDP: groups of ranks that each have a whole model"}
+    )
+    reshard_after_forward: bool = field(
+        default=True,
+        metadata={
+            "help": "free what a block has gathered until its backward; false: what is gathered "
+            "stays until the optimizer's step, through all micro-batches"
+        },
+    )
+    cpu_offload: bool = field(
+        default=False, metadata={"help": "sharded weights and the optimizer's states on the CPU"}
+    )
+    param_dtype: str = field(
+        default="float32",
+        metadata={"help": "LoRA is gathered in float32, or half: fp16 or bf16 as trained"},
+    )
+    reduce_dtype: str = field(
+        default="float32", metadata={"help": "gradients are reduced in float32, or half"}
+    )
+    compile: bool = field(default=True, metadata={"help": "false: the same functions, eager"})
+    memory_cap_gib: float = field(
+        default=0.0, metadata={"help": "PyTorch may take so much of each GPU; 0: all"}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "also write a merged 16-bit model, to output_dir/merged"}
+    )
+
+
+def _check_options(options, args, world):
+    """ValueError for what does not go together."""
+    for name, known in (
+        ("base", ("replicate", "shard", "auto")),
+        ("param_dtype", ("float32", "half")),
+        ("reduce_dtype", ("float32", "half")),
+    ):
+        value = getattr(options, name)
+        _need(value in known, name, repr(value), f"one of {', '.join(known)}")
+    ok = options.replicas >= 1 and world.size % options.replicas == 0
+    _need(ok, "replicas", options.replicas, f"a divisor of the {world.size} ranks")
+    _need(not args.fsdp, "fsdp", "Trainer's own sharding", "none: this script shards the model")
+    _need(not args.deepspeed, "deepspeed", args.deepspeed, "none: this script shards the model")
+    _need(args.world_size == world.size, "WORLD_SIZE", world.size, f"{args.world_size}, as Trainer")
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    _need(evaluates == "no", "eval_strategy", evaluates, "no: evaluate the saved adapter")
+    wanted = args.load_best_model_at_end
+    _need(not wanted, "load_best_model_at_end", wanted, "false: nothing is evaluated")
+    order = str(getattr(args, "train_sampling_strategy", "random"))
+    _need(order.endswith(("random", "RANDOM")), "train_sampling_strategy", order, "random")
+    if options.offload:
+        _need(world.device.type == "cuda", "offload", "a CPU", "GPUs")
+        ok = any(getattr(args, n, False) for n in compile_qlora.CHECKPOINTING) and options.compile
+        _need(ok, "offload", True, "--gradient_checkpointing true and --compile true")
+    if world.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(world.device)
+        ok = not args.bf16 or capability >= (8, 0)
+        _need(ok, "bf16", f"sm_{capability[0]}{capability[1]}", "--fp16 true")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading a model: units of frozen tensors, each one buffer of bytes
+
+
+class Entry(NamedTuple):
+    """A frozen tensor and the places that it has in the model."""
+
+    places: list[tuple[torch.nn.Module, str]]
+    keys: list[str]  # of the checkpoint: any that is there
+    linear: bool  # of a decoder block, so to be in 4 bits
+    shape: torch.Size
+
+
+@dataclass
+class Unit:
+    """What is gathered at once: a block, the embedding, the head, or the rest."""
+
+    name: str
+    module: torch.nn.Module
+    entries: list[Entry]
+    layout: list = field(default_factory=list)  # of each entry, see _pack
+    attached: bool = False
+
+    def attach(self, dtype, flat=None):
+        """Once: makes the model's frozen tensors views of the unit's bytes, or of what FSDP2 has
+        gathered of them: it always gathers into the same storage."""
+        if not self.attached:
+            _attach(self, self.module._base.data if flat is None else flat, dtype)
+            self.attached = True
+
+
+class Source:
+    """The tensors of a checkpoint's safetensors files, read one at a time: what is mapped into
+    memory is let go with the file."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        index, single = self.folder / "model.safetensors.index.json", "model.safetensors"
+        if index.is_file():
+            self.files = json.loads(index.read_text())["weight_map"]
+        else:
+            need = "model.safetensors or model.safetensors.index.json"
+            _need((self.folder / single).is_file(), "model", f"no safetensors in {folder}", need)
+            with self._open(single) as file:
+                self.files = dict.fromkeys(file.keys(), single)
+
+    @contextlib.contextmanager
+    def _open(self, name):
+        safetensors = _import("safetensors")
+        try:
+            with safetensors.safe_open(self.folder / name, framework="pt") as file:
+                yield file
+        except (OSError, safetensors.SafetensorError) as error:
+            words = " ".join(str(error).split())[:120]
+            found = f"{self.folder / name}, which cannot be read ({words})"
+            raise ValueError(f"model: found {found}, need a whole file: fetch it again") from None
+
+    def __contains__(self, key):
+        return key in self.files
+
+    def read(self, key) -> Tensor:
+        with self._open(self.files[key]) as file:
+            return file.get_tensor(key)
+
+
+def fetch(path, world) -> str:
+    """A local directory for a hub id: fetched by one rank a machine."""
+    if Path(path).is_dir():
+        return str(path)
+    get = functools.partial(
+        _import("huggingface_hub").snapshot_download,
+        path,
+        allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"],
+    )
+    for turn in (True, False):
+        if (world.local == 0) == turn:
+            try:
+                folder = get()
+            except Exception as error:  # noqa: BLE001 (the hub's client raises a dozen kinds)
+                words = " ".join(str(error).split())[:160]
+                need = "a directory, or a hub id that can be fetched"
+                raise ValueError(f"model: found {path!r} ({words}), need {need}") from None
+        dist.barrier(group=world.gloo)
+    return folder
+
+
+def _empty_model(path, dtype, device, attention):
+    """The model without its weights: parameters on the meta device, buffers computed."""
+    transformers = _import("transformers")
+    config = compile_qlora._causal_config(path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    for module in model.modules():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+        if buffers:  # inverse frequencies, scales: as from_pretrained makes them
+            model._init_weights(module)
+    return model.requires_grad_(False)
+
+
+def _in_four_bits(model, source, dtype):
+    """Every linear layer of the blocks as bitsandbytes' Linear4bit, on the meta device; of a
+    quantised checkpoint those that are quantised in it."""
+    bnb = _import("bitsandbytes")
+    ready = any("quant_state.bitsandbytes__" in key for key in source.files)
+    names = {module: name for name, module in model.named_modules()}
+    for parent in list(model.base_model.layers.modules()):
+        for name, layer in list(parent.named_children()):
+            key = f"{names[parent]}.{name}.weight"
+            wrong = f"{key}.quant_state.bitsandbytes__fp4" in source
+            _need(not wrong, "model", f"{key} in FP4", "NF4, or 16-bit weights")
+            if type(layer) is torch.nn.Linear and (not ready or _state_key(key) in source):
+                sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+                how = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
+                new = bnb.nn.Linear4bit(*sizes, bias, **how)
+                new.compute_type_is_set = True
+                setattr(parent, name, new.requires_grad_(False))
+
+
+def _state_key(key):
+    return f"{key}.quant_state.bitsandbytes__nf4"
+
+
+def _units(model) -> list[Unit]:
+    """All frozen tensors of a model, each in one unit."""
+    linear4bit = _import("bitsandbytes").nn.Linear4bit
+    inner, head = model.base_model, model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    owners = [inner.get_input_embeddings(), *inner.layers, head]
+    units = [Unit(names[module], module, []) for module in owners]
+    units.append(Unit("rest", model, []))
+    seen = {}
+    for unit in units:
+        for name, module in unit.module.named_modules():
+            for attribute, p in module.named_parameters(recurse=False):
+                key = ".".join(part for part in (names[module], attribute) if part)
+                if p in seen:
+                    if (module, attribute) not in seen[p].places:
+                        seen[p].places.append((module, attribute))
+                        seen[p].keys.append(key)
+                    continue
+                linear = isinstance(module, linear4bit) and attribute == "weight"
+                shape = torch.Size((module.out_features, module.in_features)) if linear else p.shape
+                seen[p] = Entry([(module, attribute)], [key], linear, shape)
+                unit.entries.append(seen[p])
+    return [unit for unit in units if unit.entries]
+
+
+def _key(entry, source):
+    found = [key for key in entry.keys if key in source]
+    _need(found, "model", f"no tensor {entry.keys[0]}", "one of the config's architecture")
+    return found[0]
+
+
+def _tensors(entry, source, dtype, device):
+    """(tensors of an entry by name, its quantisation's numbers or None)."""
+    bnb = _import("bitsandbytes").functional
+    key = _key(entry, source)
+    if not entry.linear:
+        value = source.read(key)
+        ok = value.shape == entry.shape
+        _need(ok, key, f"shape {tuple(value.shape)}", f"{tuple(entry.shape)} by the config")
+        return {"": value.to(dtype) if value.is_floating_point() else value}, None
+    if _state_key(key) in source:
+        names = [name for name in source.files if name.startswith(f"{key}.")]
+        packed = source.read(key).to(device).contiguous().view(torch.uint8)
+        state = bnb.QuantState.from_dict({n: source.read(n) for n in names}, device)
+    else:
+        value = source.read(key)
+        ok = value.shape == entry.shape
+        _need(ok, key, f"shape {tuple(value.shape)}", f"{tuple(entry.shape)} by the config")
+        value = value.to(device).to(dtype).contiguous()
+        packed, state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
+    ok = tuple(state.shape) == tuple(entry.shape)
+    _need(ok, key, f"a weight of {tuple(state.shape)}", f"{tuple(entry.shape)} by the config")
+    nested = state.state2
+    tensors = {"": packed, "absmax": state.absmax, "code": state.code}
+    if nested is not None:
+        tensors |= {"offset": state.offset, "absmax2": nested.absmax, "code2": nested.code}
+    return tensors, (state.blocksize, nested.blocksize if nested is not None else 0)
+
+
+def _pack(unit, source, dtype, device):
+    """(layout, buffer): for each entry its quantisation's numbers and {name: (first byte, shape,
+    dtype)}; the tensors' bytes one after the other in a uint8 buffer on `device`."""
+    found, layout, at = [], [], 0
+    for entry in unit.entries:
+        tensors, numbers = _tensors(entry, source, dtype, device)
+        places = {}
+        for name, value in tensors.items():
+            places[name] = at, tuple(value.shape), value.dtype
+            at += -(-value.nbytes // ALIGN) * ALIGN
+        layout.append((numbers, places))
+        found.append(tensors)
+    flat = torch.zeros(at, dtype=torch.uint8, device=device)
+    for (_, places), tensors in zip(layout, found, strict=True):
+        for name, value in tensors.items():
+            as_bytes = value.reshape(-1).contiguous().view(torch.uint8)
+            flat[places[name][0] :][: value.nbytes].copy_(as_bytes)
+        tensors.clear()
+    return layout, flat
+
+
+def _view(flat, place):
+    first, shape, dtype = place
+    size = math.prod(shape) * dtype.itemsize
+    return flat[first : first + size].view(dtype).view(shape)
+
+
+def _attach(unit, flat, dtype):
+    """Makes the model's frozen tensors views of a unit's bytes."""
+    bnb = _import("bitsandbytes")
+    for entry, (numbers, places) in zip(unit.entries, unit.layout, strict=True):
+        views = {name: _view(flat, place) for name, place in places.items()}
+        if numbers is None:
+            value = torch.nn.Parameter(views[""], requires_grad=False)
+        else:
+            blocksize, nested = numbers
+            make = bnb.functional.QuantState
+            second = offset = None
+            if nested:
+                second = make(views["absmax2"], code=views["code2"], blocksize=nested)
+                second.dtype, offset = torch.float32, views["offset"]
+            state = make(
+                views["absmax"],
+                shape=entry.shape,
+                code=views["code"],
+                blocksize=blocksize,
+                quant_type="nf4",
+                dtype=dtype,
+                offset=offset,
+                state2=second,
+            )
+            value = bnb.nn.Params4bit(
+                views[""],
+                quant_state=state,
+                blocksize=blocksize,
+                compress_statistics=bool(nested),
+                quant_type="nf4",
+                bnb_quantized=True,
+            )
+        for module, name in entry.places:
+            module._buffers[name] = value
+            if numbers is not None:
+                module.quant_state = state
+
+
+def _reserve(unit, dtype, device):
+    """Empty parameters in the places of a unit's tensors: PEFT asks for their kind and device."""
+    for entry in unit.entries:
+        empty = torch.nn.Parameter(torch.empty(0, dtype=dtype, device=device), False)
+        if entry.linear:
+            kind = _import("bitsandbytes").nn.Params4bit
+            empty = kind(torch.empty(0, dtype=torch.uint8, device=device), quant_type="nf4")
+        for module, name in entry.places:
+            module._parameters[name] = empty
+
+
+def _as_buffers(unit):
+    """Takes a unit's tensors out of the parameters: FSDP2 moves and shards those alone."""
+    for entry in unit.entries:
+        for module, name in entry.places:
+            module.register_buffer(name, module._parameters.pop(name), persistent=False)
+
+
+def _read_units(units, source, dtype, world):
+    """Yields the units as they come, with their buffers. Ranks read in turns, one unit ahead of
+    what is being sent."""
+    mine = [unit for i, unit in enumerate(units) if i % world.size == world.rank]
+
+    def read(unit):
+        with torch.cuda.device(world.device) if world.device.type == "cuda" else _nothing():
+            return _pack(unit, source, dtype, world.device)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(pool.submit(read, unit) for unit in mine[:1])
+        for i, unit in enumerate(units):
+            owner, layout, flat = i % world.size, [None], None
+            if owner == world.rank:
+                unit.layout, flat = ahead.popleft().result()
+                layout = [(unit.layout, flat.numel())]
+                if (after := mine.index(unit) + 1) < len(mine):
+                    ahead.append(pool.submit(read, mine[after]))
+            if world.size > 1:
+                dist.broadcast_object_list(layout, owner, group=world.gloo)
+                unit.layout, size = layout[0]
+                if flat is None:
+                    flat = torch.empty(size, dtype=torch.uint8, device=world.device)
+                dist.broadcast(flat, owner)
+            yield unit, flat
+
+
+_nothing = contextlib.nullcontext
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharding
+
+
+def _fully_shard(module, *, frozen=None, **how):
+    """torch's fully_shard. frozen: the module's uint8 parameter. Before torch 2.12 FSDP2 makes all
+    that it shards trainable, which bytes cannot be, and casts them to param_dtype."""
+    if frozen is None or torch.__version__ >= "2.12":
+        return fully_shard(module, **how)
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def parameter(data, requires_grad=None):
+        wants = data.is_floating_point() if requires_grad is None else requires_grad
+        return torch.nn.Parameter(data, wants)
+
+    names = types.SimpleNamespace(**{**vars(torch.nn), "Parameter": parameter})
+    with mock.patch.object(_fsdp_param, "nn", names):
+        fully_shard(module, **how)
+    for param in fully_shard.state(module)._fsdp_param_group.fsdp_params:
+        if param.sharded_param.dtype == torch.uint8:
+            stock = param.init_dtype_attrs
+            param.init_dtype_attrs = lambda _, stock=stock: stock(MixedPrecisionPolicy())
+    return module
+
+
+def _estimate(units, model, options, args, shards):
+    """(bytes of the base, bytes beside it) that a GPU needs, before anything is read."""
+    base = 0
+    for entry in (e for unit in units for e in unit.entries):
+        if entry.linear:
+            base += int(entry.shape.numel() * 0.516)  # 4 bits and nested scales of blocks of 64
+        else:
+            base += 2 * entry.shape.numel()
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # float32: weights, gradients and two moments in pieces; gradients as accumulated
+    beside = lora * (16 // shards + 4 * (args.gradient_accumulation_steps > 1))
+    config = model.config.get_text_config()
+    tokens = args.per_device_train_batch_size * options.max_length
+    kept = config.hidden_size * config.num_hidden_layers
+    kept *= 2 if any(getattr(args, n, False) for n in compile_qlora.CHECKPOINTING) else 36
+    block = 20 * config.intermediate_size + 2 * 4 * config.hidden_size
+    return base, beside + tokens * (kept + block) + GIB
+
+
+def _choose_base(options, world, base, beside):
+    """(replicate or shard, why), the same on all ranks."""
+    if world.device.type == "cpu":
+        return "replicate", "on CPUs"
+    free = torch.tensor(_free_bytes(options), dtype=torch.int64)
+    dist.all_reduce(free, dist.ReduceOp.MIN, group=world.gloo)
+    words = f"a copy needs about {(base + beside) / GIB:.1f} GiB on each GPU ({base / GIB:.1f} for "
+    words += f"the base), {int(free) / GIB:.1f} are free"
+    return ("replicate" if base + beside < 0.92 * int(free) else "shard"), words
+
+
+def _free_bytes(options):
+    free = torch.cuda.mem_get_info()[0]
+    return min(free, int(options.memory_cap_gib * GIB)) if options.memory_cap_gib else free
+
+
+class Loaded(NamedTuple):
+    """A model ready to train, and what it took."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    units: list[Unit]
+    base: str
+    why: str
+    seconds: float
+    host_gib: float  # peak of this process beyond what it had before
+    device_gib: float  # peak while loading
+    base_bytes: int
+    dtype: torch.dtype  # of the products
+
+
+def load(path, options, args, dtype, world) -> Loaded:
+    """The model of a checkpoint with LoRA, sharded: quantised (bitsandbytes NF4) or in 16 bits,
+    from its safetensors. ValueError for what cannot be read."""
+    transformers, peft = _import("transformers"), _import("peft")
+    begin, host = time.perf_counter(), _host_gib()
+    compile_qlora.flex_attn.register()
+    source = Source(path)
+    _need_quantised_by_bitsandbytes(path)
+    model = _empty_model(path, dtype, world.device, "flex_attn")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", options.max_length)
+    _need(options.max_length <= most, "max_length", options.max_length, f"{most} at most: {path}")
+    parts = [getattr(model.base_model, name, None) for name in ("layers", "norm", "rotary_emb")]
+    found = f"a {type(model).__name__} without layers, norm or rotary_emb"
+    _need(None not in parts, "model", found, "a Llama, Mistral, Qwen, Gemma or one built like them")
+    _in_four_bits(model, source, dtype)
+    units = _units(model)
+    for unit in units:
+        _reserve(unit, dtype, world.device)
+    model.config.use_cache, model.is_loaded_in_4bit = False, True
+    model.config.quantization_config = None
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+        base_model_name_or_path=options.model or path,
+    )
+    transformers.set_seed(args.seed)  # every rank draws the same LoRA weights
+    model = peft.get_peft_model(model, lora)
+    for unit in units:
+        _as_buffers(unit)
+    causal = model.get_base_model()
+    causal.is_loaded_in_4bit = False  # accelerate would ask for a device map
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    outside = [name for name in trained if ".layers." not in name]
+    _need(not outside, "target_modules", outside[:1], "layers of the decoder blocks")
+    shards = world.size // options.replicas
+    base, why = options.base, "asked for"
+    if shards == 1:
+        base, why = "replicate", "there is one rank to a replica"
+    elif base == "auto":
+        sizes = _estimate(units, model, options, args, shards)
+        base, why = _choose_base(options, world, *sizes)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    how = _sharding(options, world, dtype)
+    total = 0
+    blocks = set(causal.base_model.layers)
+    for unit, flat in _read_units(units, source, dtype, world):
+        total += flat.numel()
+        frozen = None
+        if base == "shard" and unit.name != "rest":
+            frozen = unit.module._base = torch.nn.Parameter(flat, requires_grad=False)
+        else:
+            unit.attach(dtype, flat)
+        if frozen is not None or unit.module in blocks:
+            _fully_shard(unit.module, frozen=frozen, **how)
+        if frozen is not None:  # after FSDP2's own hook
+            unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.attach(dtype))
+        del flat, frozen
+    fully_shard(model, **how)
+    _prefetch(model, units, base, dtype)
+    for module in model.modules():  # else Dynamo would leave out guards, also those that matter
+        if "_is_fsdp_managed_module" in vars(module):
+            module._is_fsdp_managed_module = False
+    seconds, tokenizer = time.perf_counter() - begin, compile_qlora._tokenizer(path)
+    peak = _peak_gib() if world.device.type == "cuda" else 0.0
+    grown = _host_gib() - host
+    return Loaded(model, tokenizer, units, base, why, seconds, grown, peak, total, dtype)
+
+
+def _need_quantised_by_bitsandbytes(path):
+    config = compile_qlora._causal_config(path)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        kind = quantised.get("quant_method")
+        ok = "bitsandbytes" in str(kind) and quantised.get("load_in_4bit", False)
+        need = "bitsandbytes' 4 bits, or 16-bit weights"
+        _need(ok, "model", f"weights quantised by {kind}", need)
+
+
+def _sharding(options, world, dtype):
+    """Arguments of fully_shard."""
+    gathered = None if options.param_dtype == "float32" else dtype
+    reduced = torch.float32 if options.reduce_dtype == "float32" else dtype
+    shape, names = (world.size,), ("shard",)
+    if options.replicas > 1:
+        shape, names = (options.replicas, world.size // options.replicas), ("replicate", "shard")
+    return {
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names),
+        "reshard_after_forward": options.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(gathered, reduced, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if options.cpu_offload
+        else OffloadPolicy(),
+    }
+
+
+def _prefetch(model, units, base, dtype):
+    """Each block's all-gather starts a block ahead. The head, whose forward the loss does not call,
+    is gathered when the last norm is done, and freed after the loss."""
+    causal = model.get_base_model()
+    inner = causal.base_model
+    layers = list(inner.layers)
+    for now, then in itertools.pairwise(layers):
+        now.set_modules_to_forward_prefetch([then])
+    if base != "shard":
+        return
+    head, words = causal.get_output_embeddings(), inner.get_input_embeddings()
+    owner = head if "_base" in head._parameters else words  # tied: the embedding's
+    unit = next(unit for unit in units if unit.module is owner)
+    words.set_modules_to_forward_prefetch(layers[:1])
+    for module in {words, owner}:
+        module.set_unshard_in_backward(False)  # the loss makes its gradient in the forward
+    layers[-1].set_modules_to_forward_prefetch([owner])
+
+    def gather(*_):
+        owner.unshard()
+        unit.attach(dtype)
+
+    inner.norm.register_forward_hook(gather)
+    model.register_forward_hook(lambda *_: owner.reshard())
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer: each rank's piece of a parameter is a tensor like any other
+
+
+def _local(tensor):
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+# Others look at whole matrices, of which a rank has a piece
+ELEMENTWISE = "Adam", "AdamW", "SGD", "Lion", "RMSprop", "Adagrad", "AdEMAMix", "NAdam", "RAdam"
+
+
+def step_locally(optimizer):
+    """Makes an element-wise optimizer (AdamW, SGD, Lion; bitsandbytes' 8-bit ones, which know no
+    DTensor) step on the pieces that this rank has. In place; returns it. Its state_dict is of
+    plain tensors: checkpoints are _optimizer_state's."""
+    pieces = {}
+    stock = optimizer.step
+
+    def piece(p):
+        if p not in pieces:
+            pieces[p] = torch.nn.Parameter(_local(p.detach()), requires_grad=True)
+        ours = pieces[p]
+        ours.grad = None if p.grad is None or not ours.numel() else _local(p.grad)
+        return ours
+
+    @functools.wraps(stock)
+    def step(*args, **kwargs):
+        whole = [group["params"] for group in optimizer.param_groups]
+        for group, params in zip(optimizer.param_groups, whole, strict=True):
+            group["params"] = [piece(p) for p in params]
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            for group, params in zip(optimizer.param_groups, whole, strict=True):
+                group["params"] = params
+                for p in params:
+                    pieces[p].grad = None
+
+    optimizer.step, optimizer.pieces = step, pieces
+    return optimizer
+
+
+def clip_grad_norm(parameters, max_norm: float, group=None) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ (2-norm) for sharded gradients with one collective. group: of
+    the ranks that share out a parameter. Returns the norm before clipping, on the gradients'
+    device; does not wait for it."""
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    squares = torch.stack(torch._foreach_norm(grads, 2.0)).float().square().sum()
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(squares, group=group)
+    norm = squares.sqrt()
+    if max_norm and math.isfinite(max_norm):
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+# bitsandbytes' states in 8 bits: name, its scales, its code book
+IN_8_BITS = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
+
+
+def _optimizer_state(optimizer, names, rank) -> tuple[dict, dict]:
+    """(tensors, numbers) by parameter and name. Tensors in a parameter's shape are sharded like it,
+    so that any number of ranks can read them. 8-bit ones are decoded for that; as many ranks as
+    saved them find their own bytes beside (exact)."""
+    decode = _import("bitsandbytes").functional.dequantize_blockwise
+    tensors, numbers = {}, {}
+    parts = {part for pair in IN_8_BITS.values() for part in pair}
+    for name, p in names.items():
+        state = optimizer.state.get(optimizer.pieces.get(p), {})
+        for key, value in state.items():
+            place = f"optimizer.{name}.{key}"
+            if key in parts:
+                continue
+            if not isinstance(value, Tensor):
+                numbers[place] = value
+            elif value.shape != _local(p).shape:
+                tensors[place] = value
+            else:
+                if value.dtype == torch.uint8:
+                    absmax, code = (state[part] for part in IN_8_BITS[key])
+                    tensors[f"exact.{rank}.{name}.{key}"] = value
+                    tensors[f"exact.{rank}.{name}.{IN_8_BITS[key][0]}"] = absmax
+                    value = decode(value, absmax=absmax, code=code, blocksize=256)
+                tensors[place] = _like(p, value)
+    return tensors, numbers
+
+
+def _like(p, local):
+    """A DTensor sharded as p of this rank's piece."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = p._spec
+    meta = TensorMeta(p.shape, p.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(spec.mesh, spec.placements, meta), requires_grad=False)
+
+
+def _load_optimizer_state(optimizer, names, tensors, numbers, exact):
+    """exact: this rank's 8-bit tensors by parameter and name, if as many ranks saved them."""
+    encode = _import("bitsandbytes").functional.quantize_blockwise
+    for name, p in names.items():
+        prefix = f"optimizer.{name}."
+        places = [*numbers.items(), *tensors.items()]
+        state = {k[len(prefix) :]: _local(v) for k, v in places if k.startswith(prefix)}
+        piece = torch.nn.Parameter(_local(p.detach()), requires_grad=True)
+        if not state or not piece.numel():
+            continue
+        bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+        if bits == 8 and piece.numel() >= optimizer.args.min_8bit_size:
+            optimizer.fill_qmap()
+            books = zip(IN_8_BITS.items(), ("dynamic", "udynamic"), strict=True)
+            for (key, (absmax, qmap)), book in books:
+                if key not in state:
+                    continue
+                code = optimizer.name2qmap[book].to(piece.device)
+                value, made = encode(state[key], code=code, blocksize=256)
+                state |= {key: value, absmax: made.absmax, qmap: code}
+                for part in (key, absmax):
+                    if (saved := exact.get(f"{name}.{part}")) is not None:
+                        state[part] = saved.to(piece.device)
+        optimizer.pieces[p] = piece
+        optimizer.state[piece] = state
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: dealt to the ranks as one process would read it
+
+
+class Dealt(torch.utils.data.Sampler):
+    """Batches of one rank: of the epoch's batches in order, every size-th, an empty one where there
+    is none left. A single process that accumulates size times as often takes the same rows to each
+    optimizer step. The order is accelerate's seedable sampler's, so Trainer's own."""
+
+    def __init__(self, rows, batch, rank, size, seed, epoch):
+        self.rows, self.batch, self.rank, self.size = rows, batch, rank, size
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self):
+        return math.ceil(self.rows / (self.batch * self.size))
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        for i in range(len(self)):
+            first = (i * self.size + self.rank) * self.batch
+            yield order[first : first + self.batch]
+
+
+@dataclass
+class Collate(compile_qlora.Collate):
+    """A batch padded on the right; of no rows, padding without labels: its rank takes part in the
+    collectives and adds nothing to the loss."""
+
+    packing: bool = False
+
+    def __call__(self, rows):
+        nothing = {"input_ids": [self.pad] * 2, "labels": [chunked_ce.IGNORE] * 2}
+        if self.packing:
+            nothing["position_ids"] = [0, 1]
+        return super().__call__(rows or [nothing])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+class Traffic:
+    """Counts the bytes that a rank receives, by collective. FSDP2 calls them by the names in
+    torch.distributed, the newer ones since torch 2.13."""
+
+    NAMES = "all_gather", "reduce_scatter", "all_reduce"
+    CALLED: ClassVar = {
+        "all_gather_into_tensor": "all_gather",
+        "all_gather_single": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "reduce_scatter_single": "reduce_scatter",
+        "all_reduce": "all_reduce",
+    }
+
+    def __init__(self):
+        self.bytes, self.calls = collections.Counter(), collections.Counter()
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        for name in [name for name in self.CALLED if hasattr(dist, name)]:
+            counted = functools.partial(self._count, self.CALLED[name], getattr(dist, name))
+            self.stack.enter_context(mock.patch.object(dist, name, counted))
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def _count(self, name, function, *args, **kwargs):
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        group = kwargs.get("group")
+        size = dist.get_world_size(group)
+        whole = max(t.nbytes for t in tensors)
+        self.bytes[name] += whole * (size - 1) // size * (2 if name == "all_reduce" else 1)
+        self.calls[name] += 1
+        return function(*args, **kwargs)
+
+
+class _Writer(FileSystemWriter):
+    """torch's, whose error is the file system's own: of a full disk torch.save says other words."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(self.path)) from None
+
+
+@functools.cache
+def _trainer_class():
+    class Sharded(compile_qlora._trainer_class()):
+        """Trainer for a model that FSDP2 has sharded already."""
+
+        def __init__(self, *args, world, group, reshard, **kwargs):
+            self.world, self.group, self.reshard = world, group, reshard
+            self.saving, self.run_state, self.last = None, {}, None
+            self.now, self.marked = [], None
+            self.steps = collections.deque(maxlen=10_000)  # (loss, labels) of this rank
+            self.labels = 0  # of this rank so far
+            super().__init__(*args, **kwargs)
+            # Looked up once: a visit to every module takes milliseconds, in which a GPU may idle
+            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.sharded = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+            _quicken(self.model, self.trained)
+            self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all ranks
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            prepare = self.accelerator.prepare_model  # autocast, and no DistributedDataParallel
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+
+        def _move_model_to_device(self, *_):
+            pass
+
+        def _prepare_input(self, data):
+            # From pinned memory without waiting, or each micro-batch would begin with an idle GPU
+            if isinstance(data, Tensor):
+                return data.to(self.world.device, non_blocking=True)
+            return super()._prepare_input(data)
+
+        def get_train_dataloader(self):
+            args, world = self.args, self.world
+            batch = args.per_device_train_batch_size
+            seed = args.seed if args.data_seed is None else args.data_seed
+            epoch = lambda: int(self.state.epoch or 0)
+            dealt = Dealt(len(self.train_dataset), batch, world.rank, world.size, seed, epoch)
+            return torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_sampler=dealt,
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory and world.device.type == "cuda",
+            )
+
+        def create_optimizer(self, *args, **kwargs):
+            fresh = self.optimizer is None
+            made = super().create_optimizer(*args, **kwargs)
+            if fresh:
+                kind = type(self.optimizer).__name__
+                need = f"one that works by elements: {', '.join(ELEMENTWISE)}"
+                _need(kind in ELEMENTWISE, "optim", kind, need)
+                step_locally(self.optimizer)
+            return made
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            last = self.accelerator.sync_gradients
+            if last != self.last:
+                self.last = last
+                for module in self.sharded:
+                    module.set_requires_gradient_sync(last, recurse=False)
+                    module.set_reshard_after_backward(self.reshard or last, recurse=False)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            _, loss_, labels = self.seen.pop()
+            self.now.append((loss_, int(labels)))
+            return loss
+
+        def end_step(self):
+            """Adds up the step's micro-batches."""
+            losses, labels = zip(*self.now, strict=True)
+            self.steps.append((torch.stack(losses).sum(), sum(labels)))
+            self.labels += sum(labels)
+            self.now.clear()
+
+        def floating_point_ops(self, inputs):
+            if not hasattr(self, "_flos"):
+                self._flos = 6 * sum(p.numel() for p in self.model.parameters())
+            return self._flos * inputs["input_ids"].numel()
+
+        def _clip_grad_norm(self, model):
+            self.accelerator.unscale_gradients()
+            return clip_grad_norm(self.trained, self.args.max_grad_norm, self.group)
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            if grad_norm is None:
+                grad_norm = clip_grad_norm(self.trained, 0.0, self.group)
+            return grad_norm
+
+        def log(self, logs, *args, **kwargs):
+            if "loss" in logs:
+                logs |= self.progress()
+            super().log(logs, *args, **kwargs)
+
+        def progress(self):
+            """Since the last call: tokens with labels a second, all ranks; and this rank's peak."""
+            last, self.marked = self.marked, (time.perf_counter(), self.labels)
+            found = {}
+            if last and self.labels > last[1]:
+                labels = torch.tensor(self.labels - last[1])
+                dist.all_reduce(labels, group=self.world.gloo)
+                found["tokens_per_s"] = round(int(labels) / (self.marked[0] - last[0]))
+            if self.world.device.type == "cuda":
+                found["peak_gib"] = round(_peak_gib(), 2)
+            return found
+
+        # Checkpoints
+
+        def named(self):
+            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+        def _save_checkpoint(self, model, trial):
+            self.finish_saving()
+            world, names = self.world, self.named()
+            final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            part = final.with_name(f"{final.name}.part")
+            optimizer = self.optimizer.optimizer
+            tensors, numbers = _optimizer_state(optimizer, names, world.rank)
+            tensors |= {f"model.{name}": p.detach() for name, p in names.items()}
+            # What is on the CPU goes on changing while it is written
+            tensors = {
+                k: t.clone() if _local(t).device.type == "cpu" else t for k, t in tensors.items()
+            }
+            state = tensors | _rng_state(world)
+            if world.first:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                self.state.save_to_json(part / "trainer_state.json")
+                scaler = self.accelerator.scaler
+                run = {
+                    "world": world.size,
+                    "global_batch": _global_batch(self.args, world),
+                    "rows": len(self.train_dataset),
+                    "optimizer": type(optimizer).__name__,
+                    "numbers": numbers,
+                    "scheduler": self.lr_scheduler.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                }
+                (part / "run_state.json").write_text(json.dumps(run))
+            dist.barrier(group=world.gloo)
+            writer = _Writer(part, sync_files=True)
+            future = dcp.async_save(state, storage_writer=writer, process_group=world.saver)
+            if world.first:
+                future.add_done_callback(functools.partial(self._complete, part, final))
+            self.saving = future
+
+        def _complete(self, part, final, future):
+            if future.exception() is None:
+                if final.exists():
+                    final.rename(old := final.with_name(f"{final.name}.old"))
+                    part.rename(final)
+                    shutil.rmtree(old)
+                else:
+                    part.rename(final)
+                if self.args.save_total_limit:
+                    for path in _checkpoints(self.args.output_dir)[: -self.args.save_total_limit]:
+                        shutil.rmtree(path)
+            else:
+                shutil.rmtree(part, ignore_errors=True)
+
+        def finish_saving(self, wait=True):
+            """Raises what went wrong while the last checkpoint was written."""
+            if self.saving is not None and (wait or self.saving.done()):
+                try:
+                    self.saving.result()
+                except CheckpointException as error:
+                    error.writing = True
+                    raise
+                self.saving = None
+
+        def _load_from_checkpoint(self, *_, **__):
+            pass  # with the optimizer's state, below
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is None:
+                return
+            world, names = self.world, self.named()
+            run = json.loads((Path(checkpoint) / "run_state.json").read_text())
+            batch, rows = _global_batch(self.args, world), len(self.train_dataset)
+            need = f"{run['global_batch']} as in {checkpoint}: a step must take the same rows"
+            _need(batch == run["global_batch"], "global batch", batch, need)
+            need = f"{run['rows']} as in {checkpoint}"
+            _need(rows == run["rows"], "rows of the dataset", rows, need)
+            optimizer = self.optimizer.optimizer
+            kind = type(optimizer).__name__
+            _need(kind == run["optimizer"], "optim", kind, f"the checkpoint's {run['optimizer']}")
+            reader, same = FileSystemReader(checkpoint), run["world"] == world.size
+            fused = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+            state = {f"model.{name}": p.detach() for name, p in names.items()}
+            for key, meta in reader.read_metadata().state_dict_metadata.items():
+                kind, *rest = key.split(".")
+                if kind == "optimizer":
+                    p = names.get(".".join(rest[:-1]))
+                    _need(p is not None, "checkpoint", key, "the LoRA layers of this model")
+                    if meta.size == p.shape:
+                        piece = torch.empty_like(_local(p), dtype=meta.properties.dtype)
+                        state[key] = _like(p, piece)
+                    else:  # the count of steps, which fused kernels have beside the weights
+                        place = _local(p).device if fused else "cpu"
+                        kind = meta.properties.dtype
+                        state[key] = torch.empty(meta.size, dtype=kind, device=place)
+                elif kind in ("rng", "exact") and same and rest[0] == str(world.rank):
+                    state[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
+            dcp.load(state, storage_reader=reader, process_group=world.gloo)
+            tensors = {k: t for k, t in state.items() if k.startswith("optimizer.")}
+            prefix = f"exact.{world.rank}."
+            exact = {k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)}
+            _load_optimizer_state(optimizer, names, tensors, run["numbers"], exact)
+            self.lr_scheduler.load_state_dict(run["scheduler"])
+            rates = self.lr_scheduler.get_last_lr()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            if run["scaler"] and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(run["scaler"])
+            self.run_state = {k: t for k, t in state.items() if k.startswith("rng.")}
+            if not same and world.first:
+                what = "random states are not taken over (dropout draws others)"
+                print(f"resumed from {run['world']} ranks on {world.size}: {what}", flush=True)
+
+        def _load_scaler(self, *_):
+            pass
+
+        def _load_rng_state(self, *_):
+            _set_rng_state(self.run_state)
+
+    return Sharded
+
+
+def _global_batch(args, world):
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
+
+
+def _rng_state(world):
+    """This rank's random states, as tensors."""
+    version, numbers, gauss = random.getstate()
+    found = {"python": torch.tensor([version, *numbers, -1 if gauss is None else 0])}
+    found["torch"] = torch.get_rng_state()
+    if world.device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(world.device)
+    return {f"rng.{world.rank}.{name}": value for name, value in found.items()}
+
+
+def _set_rng_state(found):
+    for key, value in found.items():
+        if key.endswith(".python"):
+            version, *numbers, _ = value.tolist()
+            random.setstate((version, tuple(numbers), None))
+        elif key.endswith(".torch"):
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value.cpu())
+
+
+@functools.cache
+def _callback_class():
+    transformers = _import("transformers")
+
+    class Watch(transformers.TrainerCallback):
+        """Times of steps, traffic of the second, checkpoints that failed."""
+
+        def __init__(self, trainer_of, profile_at=0):
+            self.trainer_of, self.profile_at, self.profiler = trainer_of, profile_at, None
+            self.times = collections.deque(maxlen=10_000)
+            self.traffic, self.exposed, self.groups = Traffic(), None, None
+
+        def on_train_begin(self, args, state, control, **_):
+            self.begin = state.global_step
+            self.times.append(time.perf_counter())
+            self.trainer_of().progress()
+
+        def on_step_begin(self, args, state, control, **_):
+            first = state.global_step - self.begin
+            if first == 1:
+                self.traffic.__enter__()
+            if self.profile_at and first == self.profile_at:
+                from torch.profiler import ProfilerActivity, profile
+
+                torch.cuda.synchronize()
+                self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                self.profiler.__enter__()
+                dist.barrier(group=self.trainer_of().world.gloo)  # its start takes a while
+
+        def on_step_end(self, args, state, control, **_):
+            trainer = self.trainer_of()
+            first = state.global_step - self.begin
+            if first == 2:
+                self.traffic.__exit__()
+            if trainer.world.device.type == "cuda" and (args.logging_steps == 1 or self.profiler):
+                torch.cuda.synchronize()
+            if self.profiler is not None:
+                self.profiler.__exit__(None, None, None)
+                self.exposed, self.groups = _exposed(self.profiler), _groups(self.profiler)
+                self.profiler = None
+            trainer.end_step()
+            self.times.append(time.perf_counter())
+            trainer.finish_saving(wait=False)
+
+        def on_train_end(self, args, state, control, **_):
+            self.trainer_of().finish_saving()
+
+    return Watch
+
+
+def _exposed(profiler) -> dict[str, float]:
+    """Of a profiled step, from its first kernel to its last: milliseconds, the share in which only
+    communication ran, and the share in which nothing did."""
+    spans = {True: [], False: []}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us():
+            span = event.time_range.start, event.time_range.end
+            spans["nccl" in event.name.lower()].append(span)
+    compute, every = _union(spans[False]), _union(spans[False] + spans[True])
+    first, last = every[0][0], every[-1][1]
+    length = lambda parts: sum(end - start for start, end in parts)
+    whole = last - first
+    alone, busy = length(every) - length(compute), length(every)
+    return {"ms": whole / 1e3, "exposed": alone / whole, "idle": 1 - busy / whole}
+
+
+def _groups(profiler) -> dict[str, float]:
+    """Milliseconds of a profiled step by group of kernels."""
+    kinds = {"communication": r"(?i)nccl", **compile_qlora.GROUPS_OF_KERNELS}
+    found = collections.Counter()
+    for event in profiler.key_averages():
+        names = (kind for kind, pattern in kinds.items() if re.search(pattern, event.key))
+        found[next(names, "other")] += event.self_device_time_total / 1e3
+    return {kind: ms for kind, ms in found.most_common() if ms > 0}
+
+
+def _union(spans):
+    merged = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    return merged
+
+
+class Run(NamedTuple):
+    """What training gave; the same on every rank, but for memory."""
+
+    losses: list[float]  # of the last 10,000 optimizer steps, over all ranks' tokens
+    step_s: list[float]
+    tokens_per_s: float  # with labels, median of the last five steps
+    peak_gib: float
+    loaded: Loaded
+    traffic: dict[str, int]
+    exposed: dict[str, float] | None
+    groups: dict[str, float] | None
+    trainer: object
+
+
+def train(path, options, args, world, *, resume=None, profile_at=0, rows=None) -> Run:
+    """Trains `path` through Trainer, and saves the checkpoints that args ask for."""
+    compile_qlora._reset()
+    half = args.bf16 or args.fp16
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if half else torch.float32
+    if options.memory_cap_gib and world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_cap_gib * GIB / total)
+    save = args.save_strategy != "no"
+    args = compile_qlora._plain_arguments(args, "", True)
+    backend = args.torch_compile_backend or "inductor"
+    loaded = load(path, options, args, dtype, world)
+    _say_loaded(loaded, options, world)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if rows is None:
+        rows = compile_qlora._rows(path, options.dataset, options.max_length, options.packing)
+    checkpointing = compile_qlora._take_checkpointing(args)
+    fixed = len({len(row["input_ids"]) for row in rows}) == 1
+    stack = "ours_compiled" if options.compile else "ours"
+    how = {"checkpointing": checkpointing, "fixed": fixed, "backend": backend}
+    compile_qlora.prepare(model, stack, options, **how)
+    mesh = _sharding(options, world, dtype)["mesh"]
+    if world.first and save:
+        for path_ in Path(args.output_dir).glob("checkpoint-*.part"):
+            shutil.rmtree(path_)
+    trainer = None
+    watch = _callback_class()(lambda: trainer, profile_at)
+    trainer = _trainer_class()(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=Collate(tokenizer.pad_token_id, options.packing),
+        processing_class=tokenizer,
+        callbacks=[watch],
+        world=world,
+        group=mesh.get_group("shard"),
+        reshard=options.reshard_after_forward,
+    )
+    _voice.output_dir = args.output_dir
+    trainer.train(resume_from_checkpoint=resume)
+    losses, tokens = _of_all_ranks(trainer, world)
+    step_s = [b - a for a, b in itertools.pairwise(watch.times)][-len(losses) :]
+    rates = [n / s for n, s in zip(tokens[-5:], step_s[-5:], strict=True)]
+    traffic = {f"{k}_bytes": watch.traffic.bytes[k] for k in Traffic.NAMES}
+    traffic |= {f"{k}_calls": watch.traffic.calls[k] for k in Traffic.NAMES}
+    rate = statistics.median(rates) if rates else math.nan
+    found = watch.exposed, watch.groups
+    return Run(losses, step_s, rate, _peak_gib(), loaded, traffic, *found, trainer)
+
+
+def _quicken(model, trained):
+    """Trainer calls train() for each micro-batch and zero_grad() for each step."""
+    stock = model.train
+
+    def train(mode=True):
+        return model if model.training == mode else stock(mode)
+
+    def zero_grad(set_to_none=True):
+        for p in trained:
+            p.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
+
+
+def _of_all_ranks(trainer, world):
+    """(loss, labels) of each step."""
+    if not trainer.steps:
+        return [], []
+    losses, labels = zip(*trainer.steps, strict=True)
+    both = torch.stack([torch.stack(losses).double().cpu(), torch.tensor(labels).double()])
+    dist.all_reduce(both, group=world.gloo)
+    # Trainer multiplies by the number of ranks, because FSDP2 averages gradients
+    return (both[0] / world.size).tolist(), both[1].tolist()
+
+
+def _host_gib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _peak_gib():
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def _say_loaded(loaded, options, world):
+    if not world.first:
+        return
+    words = f"loaded in {loaded.seconds:.1f} s; host memory +{loaded.host_gib:.2f} GiB a rank"
+    if world.device.type == "cuda":
+        words += f", GPU peak {loaded.device_gib:.2f} GiB"
+    print(f"base {loaded.base}: {loaded.why}", flush=True)
+    print(f"  {words}; frozen {loaded.base_bytes / GIB:.2f} GiB in {len(loaded.units)} units")
+    lora = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    print(f"  LoRA {lora} weights, {lora * 4} bytes, sharded over {world.size // options.replicas}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What training leaves: an adapter in PEFT's format, a merged model
+
+
+def save_adapter(model, folder, world):
+    """adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them.
+    Every rank must call it; the first writes."""
+    full = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            value = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            if world.first:
+                full[name] = value.cpu()
+    if world.first:
+        folder = Path(folder)
+        part = folder / "adapter.part"
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=full, save_embedding_layers=False)
+        for path in sorted(part.iterdir()):
+            path.replace(folder / path.name)
+        part.rmdir()
+    dist.barrier(group=world.gloo)
+
+
+def save_merged(loaded, source_dir, folder, dtype, world):
+    """A 16-bit checkpoint of base and adapter merged: W + scaling B A in float32, rounded to dtype.
+    Unit by unit, so that no rank holds more than one, and one file (5 GB) in host memory."""
+    from safetensors.torch import save_file
+
+    model, units, first = loaded.model, loaded.units, world.first
+    folder, files, held = Path(folder), [], {}
+    wrapped = {m.base_layer: m for m in model.modules() if hasattr(m, "base_layer")}
+    if first:
+        shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+        out = folder.with_name(f"{folder.name}.part")
+        out.mkdir(parents=True)
+
+    def flush():
+        if held:
+            files.append((f"model-{len(files) + 1:05d}.safetensors", list(held)))
+            save_file(held, out / files[-1][0], metadata={"format": "pt"})
+            held.clear()
+
+    total = 0
+    for unit in units:
+        gathered = hasattr(unit.module, "unshard") and unit.module is not model
+        if gathered and unit.name != "rest":
+            unit.module.unshard()
+            unit.attach(loaded.dtype)
+        for entry in unit.entries if first else []:
+            module, name = entry.places[0]
+            value = module._buffers[name]
+            if entry.linear:
+                value = dequantize_nf4(value, value.quant_state, dtype=torch.float32)
+                value = value + _delta(wrapped.get(module), value)
+            value = value.detach().to("cpu", dtype, copy=True).contiguous()
+            total += value.nbytes
+            held[entry.keys[0]] = value
+            if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
+                flush()
+        if gathered and unit.name != "rest":
+            unit.module.reshard()
+    if first:
+        flush()
+        count = len(files)
+        names = {}
+        for i, (file, keys) in enumerate(files):
+            name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (out / file).rename(out / name)
+            names |= dict.fromkeys(keys, name)
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        config = copy.deepcopy(model.get_base_model().config)
+        config.__dict__.pop("quantization_config", None)
+        config.dtype, config.use_cache = dtype, True
+        config.architectures = [type(model.get_base_model()).__name__]
+        config.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+        if (generation := Path(source_dir) / "generation_config.json").is_file():
+            shutil.copy(generation, out)
+        shutil.rmtree(folder, ignore_errors=True)
+        out.rename(folder)
+    dist.barrier(group=world.gloo)
+
+
+def _delta(module, like):
+    """scaling B A of a LoRA layer, float32."""
+    if module is None:
+        return 0.0
+    total = 0.0
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            total = total + module.scaling[name] * (b.float() @ a.float())
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs in processes of their own: what the self-test and the timings start
+
+
+def _torchrun(ranks, argv, *, timeout=900, before=None, **env):
+    """This script under torchrun: the finished process, output as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(ranks), os.path.abspath(__file__), *argv]
+    return subprocess.run(
+        command,
+        env=_plain_environment() | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        preexec_fn=before,
+    )
+
+
+def _plain_environment():
+    """Ours without what torchrun has said to us."""
+    mine = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
+    env = {k: v for k, v in os.environ.items() if k not in mine}
+    away = "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "TORCH_NCCL_"
+    env = {k: v for k, v in env.items() if not k.startswith(away)}
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    plain = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return env | plain | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _jobs(ranks, specs, **how) -> list[dict]:
+    """worker's results for each of specs, in one torchrun. AssertionError if it failed."""
+    done = _torchrun(ranks, ["--worker", json.dumps(specs)], **how)
+    found = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("WORKER ")]
+    said = (done.stdout + done.stderr)[-3000:]
+    assert done.returncode == 0 and len(found) == len(specs), (done.returncode, said)
+    return found
+
+
+def worker(spec: dict, world) -> dict:
+    """One run among the ranks: {path, options, args, ...}, or {call: a function's name}."""
+    if "call" in spec:
+        return globals()[spec["call"]](world, **spec.get("with", {})) or {}
+    options = Options(**spec.get("options", {}))
+    args = _arguments(world.device.type == "cpu", **spec.get("args", {}))
+    rows = None
+    if "random" in spec:
+        count, length, vocab = spec["random"]
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, vocab, (count, length), generator=generator).tolist()
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+    elif "rows" in spec:
+        rows = compile_qlora._rows(spec["path"], None, options.max_length, options.packing)
+        rows = rows[: spec["rows"]]
+    _check_options(options, args, world)
+    _voice.output_dir = args.output_dir
+    with _fault(spec.get("fault"), world):
+        more = {"resume": spec.get("resume"), "profile_at": spec.get("profile_at", 0)}
+        run = train(spec["path"], options, args, world, rows=rows, **more)
+    if spec.get("adapter"):
+        save_adapter(run.trainer.model, spec["adapter"], world)
+    if spec.get("merged"):
+        save_merged(run.loaded, spec["path"], spec["merged"], torch.float32, world)
+    peaks, hosts = [None] * world.size, [None] * world.size
+    dist.all_gather_object(peaks, _device_peaks(world), group=world.gloo)
+    dist.all_gather_object(hosts, run.loaded.host_gib, group=world.gloo)
+    lora = sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
+    compiled = getattr(run.trainer.model, "compiled_regions", None)
+    return {
+        "name": spec.get("name", ""),
+        "losses": run.losses,
+        "step_s": run.step_s,
+        "tokens_per_s": run.tokens_per_s,
+        "peak_gib": max(peak for peak, _ in peaks),
+        "device_gib": max(used for _, used in peaks),
+        "base": run.loaded.base,
+        "base_gib": run.loaded.base_bytes / GIB,
+        "load_s": run.loaded.seconds,
+        "load_host_gib": max(hosts),
+        "load_device_gib": run.loaded.device_gib,
+        "traffic": run.traffic,
+        "exposed": run.exposed,
+        "groups": run.groups,
+        "lora_bytes": lora * 4,
+        "graphs": len(compiled.graphs()) if compiled else 0,
+        "breaks": compile_qlora._breaks().total(),
+        "log": [entry for entry in run.trainer.state.log_history if "loss" in entry],
+    }
+
+
+def _device_peaks(world):
+    if world.device.type == "cpu":
+        return 0.0, 0.0
+    free, total = torch.cuda.mem_get_info()
+    return _peak_gib(), (total - free) / GIB
+
+
+def _arguments(use_cpu, **more):
+    usual = {"report_to": "none", "disable_tqdm": True, "logging_steps": 10**9}
+    usual |= {"output_dir": more.pop("output_dir", "results/qlora_fsdp2"), "use_cpu": use_cpu}
+    usual |= {"log_level": "error", "save_strategy": "no", "dataloader_pin_memory": not use_cpu}
+    usual |= {"logging_nan_inf_filter": False}
+    args = _import("transformers").TrainingArguments(**usual | more)
+    return compile_qlora._in_precision(args, "bf16" if args.bf16 else "fp16" if args.fp16 else None)
+
+
+@contextlib.contextmanager
+def _fault(fault, world):
+    """For the self-test: {rank, step, kind}: kill, kill_saving or memory."""
+    if fault is None or fault["rank"] != world.rank:
+        yield
+        return
+    kind, cls = fault["kind"], _trainer_class()
+    stock = cls.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == fault["step"]:
+            if kind == "kill":
+                while not _checkpoints(self.args.output_dir):
+                    time.sleep(0.05)
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.99 GiB.")
+        return stock(self, *args, **kwargs)
+
+    def write(self, plan, planner):
+        path = Path(self.path)
+        if path.name == f"checkpoint-{fault['step']}.part":
+            (path / f"__{world.rank}_0.distcp").write_bytes(b"half of")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stock_write(self, plan, planner)
+
+    stock_write = FileSystemWriter.write_data
+    saving = kind == "kill_saving"
+    target = (FileSystemWriter, "write_data", write) if saving else (cls, "training_step", step)
+    with mock.patch.object(*target):
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Self-test: `pytest qlora_fsdp2.py` runs the same functions. Two ranks, on CPUs with gloo or, where
+# there are several GPUs, with NCCL
+
+
+def _gpus():
+    return torch.cuda.device_count()
+
+
+def _ranks():
+    return _gpus() if _gpus() > 1 else 2
+
+
+def _on_cpu():
+    return {} if _gpus() > 1 else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _needs_gpus(count):
+    if _gpus() < count:
+        raise unittest.SkipTest(f"needs {count} CUDA GPUs")
+
+
+@functools.cache
+def _folder():
+    return tempfile.TemporaryDirectory(prefix="qlora_fsdp2_")
+
+
+def _checkpoint(name="tiny", config=None, quantised=True, dtype=torch.float32):
+    """A checkpoint of a small model, written once a process."""
+    directory = Path(_folder().name) / f"{name}-{quantised}-{dtype}".replace("torch.", "")
+    if not (directory / "config.json").exists():
+        config = copy.deepcopy(config) or compile_qlora._llama(name)
+        compile_qlora.write_checkpoint(directory, config, quantised=quantised, dtype=dtype)
+    return str(directory)
+
+
+STEPS = 60
+BATCH = {"per_device_train_batch_size": 2, "learning_rate": 2e-3, "max_grad_norm": 0.5}
+SMALL = {"lora_r": 8, "lora_alpha": 16, "max_length": 96}
+ROWS = 45  # 11 steps of 4 rows, and one row: one rank has none in each epoch's last step
+
+
+def _spec(name="", path=None, steps=STEPS, size=2, accumulate=1, options=None, **more):
+    args = BATCH | {"max_steps": steps, "gradient_accumulation_steps": accumulate}
+    args |= {"torch_compile_backend": "aot_eager"} | more.pop("args", {})
+    options = SMALL | {"compile": False} | (options or {})
+    path = path or _checkpoint()
+    return {"name": name, "path": path, "options": options, "args": args, "rows": ROWS, **more}
+
+
+@functools.cache
+def _single(accumulate, steps=STEPS, order=False):
+    """Losses of stock Trainer, transformers and PEFT in this process, 4 rows a step for 2."""
+    args = compile_qlora._arguments(
+        **BATCH, max_steps=steps, gradient_accumulation_steps=accumulate, use_cpu=True
+    )
+    options = compile_qlora.Options(**SMALL)
+    rows = compile_qlora._rows(_checkpoint(), None, options.max_length, False)[:ROWS]
+    change = compile_qlora._other_attention, compile_qlora._other_shapes
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(compile_qlora, "_rows", lambda *_: rows))
+        for other in change if order else ():
+            stack.enter_context(other())
+        return compile_qlora.train("hf", _checkpoint(), options, args).losses
+
+
+def _apart(a, b):
+    assert len(a) == len(b), (len(a), len(b))
+    return compile_qlora.difference(a, b)
+
+
+def test_losses_equal_one_process():
+    """60 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
+    with stock Trainer, transformers and PEFT, for every way to shard."""
+    want, again = _single(2), _single(2, order=True)
+    noise = max(_apart(want, again), 2e-7)  # a unit in the last place is 0.8e-7
+    assert want[-1] < want[0] - 0.2, want
+    accumulated = _single(4)
+    specs = [
+        _spec("replicate"),
+        _spec("shard", options={"base": "shard"}),
+        _spec(
+            "shard, kept after forward", options={"base": "shard", "reshard_after_forward": False}
+        ),
+        _spec("offload", options={"base": "shard", "cpu_offload": True}),
+        _spec("checkpointing", args={"gradient_checkpointing": True}),
+        _spec("compile", options={"compile": True, "base": "shard"}),
+        _spec(
+            "compile, checkpointing",
+            options={"compile": True, "base": "shard"},
+            args={"gradient_checkpointing": True},
+        ),
+        _spec("accumulation", accumulate=2, options={"base": "shard"}),
+    ]
+    found = {run["name"]: run for run in _jobs(2, specs, **_on_cpu())}
+    more = _spec(
+        "HSDP", options={"base": "shard", "replicas": 2}, args={"per_device_train_batch_size": 1}
+    )
+    if _gpus() == 0 or _gpus() > 3:
+        found |= {run["name"]: run for run in _jobs(4, [more], **_on_cpu())}
+    for name, run in found.items():
+        truth = accumulated if name == "accumulation" else want
+        apart = _apart(truth, run["losses"])
+        assert apart < (2 if not _gpus() else 20) * noise, (
+            name,
+            apart,
+            noise,
+            truth[:5],
+            run["losses"][:5],
+        )
+        assert not run["breaks"], run["breaks"]
+    assert found["compile"]["graphs"] and not found["replicate"]["graphs"]
+    assert found["replicate"]["base"] == "replicate" and found["shard"]["base"] == "shard"
+
+
+def test_traffic_is_lora():
+    """Bytes of a step: LoRA is gathered twice for each micro-batch and its gradients are reduced
+    once; nothing else moves. Kept after the forward, once. With --base shard its bytes too, twice,
+    but for the embedding's, which are gathered for the forward, and here, tied, for the loss."""
+    specs = [
+        _spec(steps=3, accumulate=2),
+        _spec(steps=3, accumulate=2, options={"reshard_after_forward": False}),
+        _spec(steps=3, options={"base": "shard"}),
+        _spec(steps=3, options={"param_dtype": "half"}, args={"bf16": True}),
+    ]
+    plain, kept, sharded, half = _jobs(2, specs, **_on_cpu())
+    lora = plain["lora_bytes"]
+    assert plain["traffic"]["all_gather_bytes"] == 2 * 2 * lora // 2, plain["traffic"]
+    assert kept["traffic"]["all_gather_bytes"] == lora // 2
+    assert half["traffic"]["all_gather_bytes"] == 2 * lora // 2 // 2
+    for run in (plain, kept, sharded, half):
+        assert run["traffic"]["reduce_scatter_bytes"] == lora // 2
+        assert run["traffic"]["all_reduce_bytes"] <= 64, run["traffic"]  # the gradients' norm
+    base = sharded["traffic"]["all_gather_bytes"] - 2 * lora // 2
+    assert 0.9 < base / (sharded["base_gib"] * GIB) < 1.3, (base, sharded["base_gib"] * GIB)
+
+
+def _as_bytes(tensor):
+    # numpy() of the tensor itself would make its storage one that FSDP2 cannot free
+    return tensor.detach().cpu().clone().numpy().tobytes()
+
+
+def _sums(world, path, base):
+    """Checksums of a model's frozen tensors as they stand when gathered, and of LoRA's."""
+    import hashlib
+
+    options = Options(**SMALL, base=base)
+    loaded = load(path, options, _arguments(world.device.type == "cpu"), torch.float32, world)
+    found = {}
+    for unit in loaded.units:
+        gathered = base == "shard" and unit.name != "rest"
+        for _ in range(2 if gathered else 1):  # the second time into the same storage
+            if gathered:
+                unit.module.unshard()
+                unit.attach(torch.float32)
+            for entry in unit.entries:
+                module, name = entry.places[0]
+                value = module._buffers[name]
+                if entry.linear:
+                    state = value.quant_state
+                    whole = _as_bytes(dequantize_nf4(value, state))
+                    nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
+                    parts = [value.data, state.absmax, state.code, *nested]
+                    whole += b"".join(map(_as_bytes, parts))
+                else:
+                    whole = _as_bytes(value.float())
+                sum_ = hashlib.sha256(whole).hexdigest()
+                assert found.setdefault(entry.keys[0], sum_) == sum_, entry.keys
+            if gathered:
+                unit.module.reshard()
+    trained = {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    lora = {n: p.detach().full_tensor().double().sum().item() for n, p in trained.items()}
+    others = [None] * world.size
+    dist.all_gather_object(others, found, group=world.gloo)
+    assert all(other == found for other in others)
+    return {"sums": found, "lora": lora, "base": loaded.base}
+
+
+def _stock_sums(path):
+    """_sums of the model that transformers and PEFT load."""
+    import hashlib
+
+    options = compile_qlora.Options(**SMALL)
+    _import("transformers").set_seed(42)
+    model, _ = compile_qlora.load(path, "hf", options, torch.float32, "cpu")
+    found = {}
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            continue
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            whole = _as_bytes(dequantize_nf4(p, state))
+            nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
+            parts = [p.data, state.absmax, state.code, *nested]
+            whole += b"".join(map(_as_bytes, parts))
+        else:
+            whole = _as_bytes(p.float())
+        name = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        found[name] = hashlib.sha256(whole).hexdigest()
+    lora = {
+        n: p.detach().double().sum().item() for n, p in model.named_parameters() if p.requires_grad
+    }
+    return found, lora
+
+
+def test_loaded_bytes_are_transformers_and_survive_gathering():
+    """Quantised and 16-bit checkpoints, several architectures, tied heads, biases, bytes that would
+    be NaNs in half precision."""
+    cases = {"tiny": None, **compile_qlora._families()}
+    specs, wants = [], []
+    for name, config in cases.items():
+        for quantised in (True, False):
+            if not quantised and name not in ("tiny", "qwen2"):
+                continue
+            path = _checkpoint(name, config, quantised=quantised, dtype=torch.bfloat16)
+            wants.append(_stock_sums(path))
+            for base in ("replicate", "shard"):
+                specs.append({"call": "_sums", "with": {"path": path, "base": base}})
+    found = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
+    for i, run in enumerate(found):
+        (sums, lora), spec = wants[i // 2], specs[i]
+        assert run["base"] == spec["with"]["base"]
+        assert run["lora"].keys() == lora.keys() and all(
+            abs(run["lora"][n] - lora[n]) < 1e-9 for n in lora
+        ), spec
+        assert run["sums"] == sums, (spec, set(run["sums"].items()) ^ set(sums.items()))
+
+
+def test_buffers_equal_transformers():
+    """What is computed, not read: rotary frequencies, scales of embeddings."""
+    for name, config in compile_qlora._families().items():
+        path = _checkpoint(name, config, quantised=False)
+        auto = _import("transformers").AutoModelForCausalLM
+        want = dict(auto.from_pretrained(path, dtype=torch.float32).named_buffers())
+        got = dict(_empty_model(path, torch.float32, "cpu", "eager").named_buffers())
+        assert want.keys() == got.keys() and want, name
+        assert all(torch.equal(want[k], got[k]) for k in want), name
+
+
+def _check_clip(world):
+    """Our clipping is torch's; and GradScaler skips a step on all ranks when one overflows."""
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        fully_shard(model.to(world.device), mesh=mesh)
+    x = torch.randn(4, 5, device=world.device) + world.rank
+    norms = []
+    for model in models:
+        model(x).square().sum().backward()
+    for limit in (1e9, 0.5, 0.1):
+        want = torch.nn.utils.clip_grad_norm_(models[0].parameters(), limit).full_tensor()
+        got = clip_grad_norm(models[1].parameters(), limit, mesh.get_group("shard"))
+        torch.testing.assert_close(got, want)
+        norms.append(float(got))
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(b.grad.full_tensor(), a.grad.full_tensor())
+    assert norms[0] > 0.5 > norms[2] * 0.99, norms
+    before = [p.full_tensor().clone() for p in models[0].parameters()]
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=8.0)
+    optimizer = step_locally(torch.optim.AdamW(models[0].parameters(), lr=0.1))
+    for broken in (True, False):
+        models[0].zero_grad()
+        scaler.scale(models[0](x).sum()).backward()
+        last = list(models[0].parameters())[-1].grad._local_tensor
+        if broken and world.rank == world.size - 1 and last.numel():
+            last[0] = math.inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [
+            not torch.equal(p.full_tensor(), b)
+            for p, b in zip(models[0].parameters(), before, strict=True)
+        ]
+        assert (not any(moved)) if broken else all(moved), (broken, moved)
+    assert scaler.get_scale() == 4.0
+    return {"ok": True}
+
+
+def test_clipping_and_the_scaler():
+    assert all(run["ok"] for run in _jobs(2, [{"call": "_check_clip"}], **_on_cpu()))
+
+
+def test_optimizers():
+    """bitsandbytes' 8-bit AdamW on pieces is as close to AdamW as it is in one process; through
+    its checkpoint it goes on exactly."""
+    out = str(Path(_folder().name) / "eight")
+    eight, large = {"optim": "adamw_8bit"}, {"lora_r": 64}  # pieces of 4096 weights or more
+    save = {"save_strategy": "steps", "save_steps": 4, "output_dir": out}
+    specs = [
+        _spec("whole", steps=8, args=eight, options=large),
+        _spec("saved", steps=8, args=eight | save, options=large),
+        _spec(
+            "resumed",
+            steps=8,
+            args=eight | {"output_dir": out},
+            options=large,
+            resume=f"{out}/checkpoint-4",
+        ),
+        _spec("32 bits", steps=8, options=large),
+    ]
+    whole, saved, resumed, full = _jobs(2, specs, **_on_cpu())
+    assert whole["losses"] == saved["losses"] and resumed["losses"] == whole["losses"][4:]
+    assert 1e-7 < _apart(whole["losses"], full["losses"]) < 2e-2
+
+
+def test_resumed_on_any_number_of_ranks():
+    """Losses of a resumed run are those of the one that went on: exactly on as many ranks."""
+    out = str(Path(_folder().name) / "resumed")
+    save = {"save_strategy": "steps", "save_steps": 6, "output_dir": out, "save_total_limit": 2}
+    go = {"output_dir": out}
+    first = f"{out}/checkpoint-6"
+    options = {"base": "shard"}
+    whole = _spec(steps=12, accumulate=2, options=options, args=save)
+    again = _spec(steps=12, accumulate=2, args=go, resume=first)
+    whole, again = _jobs(2, [whole, again], **_on_cpu())
+    assert again["losses"] == whole["losses"][6:], (whole["losses"], again["losses"])
+    assert [p.name for p in _checkpoints(out)] == ["checkpoint-6", "checkpoint-12"]
+    alone = _jobs(1, [_spec(steps=12, accumulate=4, args=go, resume=first)], **_on_cpu())[0]
+    assert _apart(whole["losses"][6:], alone["losses"]) < 1e-5
+    if not _gpus():
+        four = _jobs(4, [_spec(steps=12, accumulate=1, args=go, resume=first)], **_on_cpu())[0]
+        assert _apart(whole["losses"][6:], four["losses"]) < 1e-5
+    wrong = _spec(steps=12, accumulate=1, args=go, resume=first)
+    done = _torchrun(2, ["--worker", json.dumps([wrong])], **_on_cpu())
+    line = _one_line(done)
+    assert "global batch: found 4, need 8 as in" in line, line
+
+
+def _one_line(done):
+    """What this script said when it failed: one line, of one rank."""
+    said = [x for x in done.stderr.splitlines() if x.startswith("qlora_fsdp2: ")]
+    assert done.returncode != 0 and len(said) == 1, (done.returncode, done.stderr[-3000:])
+    assert "Traceback" not in done.stderr.split("qlora_fsdp2: ")[0], done.stderr[:3000]
+    return said[0]
+
+
+def _broken(fault, out, steps=9, **more):
+    """(the line that was said, seconds from the fault to the end) of a run where a rank fails."""
+    args = {"save_strategy": "steps", "save_steps": 3, "output_dir": out}
+    spec = _spec(steps=steps, args=args, fault=fault)
+    begin = time.time()
+    done = _torchrun(2, ["--worker", json.dumps([spec])], **_on_cpu(), **more)
+    files = [p.stat().st_mtime for p in Path(out).rglob("*")]
+    return _one_line(done), time.time() - max([begin, *files])
+
+
+def test_a_killed_rank_ends_the_job():
+    """SIGKILL in mid-training, also of the first rank and while a checkpoint is written: the job
+    ends, says so once, and goes on from the last complete checkpoint with the same losses."""
+    whole = _jobs(2, [_spec(steps=9)], **_on_cpu())[0]["losses"]
+    for i, (rank, step, kind) in enumerate(((1, 4, "kill"), (0, 4, "kill"), (1, 6, "kill_saving"))):
+        out = str(Path(_folder().name) / f"killed{i}")
+        line, seconds = _broken({"rank": rank, "step": step, "kind": kind}, out)
+        assert seconds < 30, seconds
+        assert "checkpoint-3" in line and f"rank {1 - rank}" in line, line
+        assert [p.name for p in _checkpoints(out)] == ["checkpoint-3"]
+        rest = _spec(steps=9, args={"output_dir": out}, resume=f"{out}/checkpoint-3")
+        assert _jobs(2, [rest], **_on_cpu())[0]["losses"] == whole[3:]
+
+
+def test_errors_are_one_line_of_one_rank():
+    out = Path(_folder().name)
+    line, _ = _broken({"rank": 1, "step": 4, "kind": "memory"}, str(out / "memory"))
+    assert "rank 1: out of GPU memory" in line and "checkpoint-3" in line, line
+
+    def no_space():  # the LoRA and optimizer pieces of a rank take more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    full = str(out / "full")
+    _jobs(
+        2,
+        [_spec(steps=3, args={"save_strategy": "steps", "save_steps": 3, "output_dir": full})],
+        **_on_cpu(),
+    )
+    args = {"save_strategy": "steps", "save_steps": 3, "output_dir": full}
+    spec = _spec(steps=9, args=args, resume=f"{full}/checkpoint-3")
+    done = _torchrun(2, ["--worker", json.dumps([spec])], before=no_space, **_on_cpu())
+    line = _one_line(done)
+    assert "could not be written" in line and "checkpoint-3" in line, line
+    assert [p.name for p in Path(full).iterdir()] == ["checkpoint-3"]
+
+    broken = out / "truncated"
+    shutil.copytree(_checkpoint(), broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    done = _torchrun(2, ["--worker", json.dumps([_spec(path=str(broken))])], **_on_cpu())
+    assert "model.safetensors, which cannot be read" in _one_line(done)
+
+    torn = Path(full) / "checkpoint-3"
+    piece = next(torn.glob("__1_*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:1000])
+    done = _torchrun(2, ["--worker", json.dumps([spec])], **_on_cpu())
+    assert "checkpoint" in _one_line(done) and "cannot be read" in _one_line(done)
+
+    done = _torchrun(2, ["--worker", json.dumps([_spec(options={"replicas": 3})])], **_on_cpu())
+    assert "replicas: found 3, need a divisor of the 2 ranks" in _one_line(done)
+
+
+def test_bad_environment():
+    for env, words in (
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK: found 2 of WORLD_SIZE 2"),
+        ({"RANK": "0"}, "found RANK, need all of RANK, WORLD_SIZE, LOCAL_RANK"),
+    ):
+        command = [sys.executable, os.path.abspath(__file__), "--model", _checkpoint()]
+        environment = _plain_environment() | env | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and words in _one_line(done), done.stderr
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    two = mock.patch.object(torch.cuda, "device_count", lambda: 2)
+    with mock.patch.dict(os.environ, ranks), two:
+        try:
+            join()
+        except Missing as error:
+            assert "found 2 GPUs on this machine and local rank 3" in str(error)
+        else:
+            raise AssertionError("a rank without a GPU went on")
+
+
+def test_adapter_and_merged_model():
+    """PeftModel.from_pretrained loads the adapter on one device; the merged model is it in one."""
+    transformers, peft = _import("transformers"), _import("peft")
+    out = Path(_folder().name) / "exported"
+    specs = []
+    for base in ("replicate", "shard"):
+        folders = {"adapter": str(out / base), "merged": str(out / f"{base}-merged")}
+        (out / base).mkdir(parents=True)
+        specs.append(_spec(steps=4, options={"base": base}, **folders))
+    _jobs(2, specs, **_on_cpu())
+    ids = torch.arange(40)[None] + 60
+    auto = transformers.AutoModelForCausalLM
+    for base in ("replicate", "shard"):
+        plain = auto.from_pretrained(_checkpoint(), dtype=torch.float32)
+        for module in plain.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+        model = peft.PeftModel.from_pretrained(plain, str(out / base))
+        model = compile_qlora.fuse(model).eval()  # bitsandbytes' products on a CPU are rougher
+        want = model(ids).logits
+        with model.disable_adapter():
+            bare = model(ids).logits
+        merged = auto.from_pretrained(str(out / f"{base}-merged"), dtype=torch.float32)
+        got = merged(ids).logits
+        error = ((got - want).norm() / want.norm()).item()
+        moved = ((bare - want).norm() / want.norm()).item()
+        assert error < 1e-5, (base, error)
+        assert moved > 1e-2, (base, moved)
+        assert getattr(merged.config, "quantization_config", None) is None
+        names = {p.name for p in (out / base).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= names, names
+
+
+def test_command_line():
+    """torchrun with TrainingArguments' flags: a log with tokens/s, an adapter, a merged model."""
+    out = Path(_folder().name) / "cli"
+    text = out.with_suffix(".txt")
+    text.write_text("\n".join(compile_qlora._documents()[:40]))
+    argv = ["--model", _checkpoint(), "--dataset", str(text), "--max_length", "80", "--lora_r", "8"]
+    argv += ["--output_dir", str(out), "--max_steps", "3", "--per_device_train_batch_size", "2"]
+    argv += ["--logging_steps", "1", "--save_steps", "2", "--base", "auto", "--merge", "true"]
+    argv += ["--packing", "true", "--torch_compile_backend", "aot_eager", "--json", f"{out}.json"]
+    done = _torchrun(2, argv, **_on_cpu())
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("RESULT qlora_fsdp2 PASS"), lines[-3:]
+    assert sum("'tokens_per_s': " in line for line in lines) == 3, done.stdout
+    assert any("traffic" in line for line in lines), lines
+    assert (out / "adapter_model.safetensors").exists() and (out / "merged/config.json").exists()
+    assert (out / "checkpoint-2" / "run_state.json").exists()
+    assert len(json.loads(Path(f"{out}.json").read_text())["losses"]) == 3
+    for wrong, words in (
+        (["--base", "half"], "base: found 'half', need one of replicate, shard, auto"),
+        (["--fsdp", "full_shard"], "fsdp: found"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ):
+        done = _torchrun(2, [*argv, *wrong], **_on_cpu())
+        assert words in _one_line(done), (wrong, done.stderr[-2000:])
+        assert any(x.startswith("RESULT qlora_fsdp2 FAIL") for x in done.stdout.splitlines())
+
+
+def test_gpu_half_precision_compiled():
+    """fp16 with GradScaler, and bf16, through inductor: replicated, sharded, offloaded, checkpointed
+    on all GPUs against one GPU."""
+    _needs_gpus(2)
+    path = _checkpoint("small", dtype=torch.bfloat16)
+    more = {"gradient_checkpointing": True, "torch_compile_backend": "inductor"}
+    options = {"compile": True, "lora_r": 16, "lora_alpha": 32}
+    ways = {"fp16 replicate": {}, "fp16 shard": {"base": "shard", "offload": True}}
+    ways |= {"bf16 offload": {"base": "shard", "cpu_offload": True}}
+    ways |= {"bf16 half": {"param_dtype": "half"}}
+    ways |= {"bf16 kept": {"base": "shard", "reshard_after_forward": False, "offload": True}}
+    halves = {"fp16": 2e-3, "bf16": 1e-2}
+    make = functools.partial(_spec, path=path, steps=20)
+    count = _gpus()
+    ones = [make(options=options, args=more | {half: True}, accumulate=count) for half in halves]
+    ones = dict(zip(halves, _jobs(1, ones, CUDA_VISIBLE_DEVICES="0"), strict=True))
+    specs = [
+        make(way, options=options | how, args=more | {way.split()[0]: True})
+        for way, how in ways.items()
+    ]
+    for run in _jobs(count, specs):
+        half = run["name"].split()[0]
+        apart = _apart(ones[half]["losses"], run["losses"])
+        assert apart < halves[half], (run["name"], apart, run["losses"])
+        assert run["graphs"] and not run["breaks"]
+
+
+def test_gpu_out_of_memory_is_one_line():
+    _needs_gpus(1)
+    options = {"memory_cap_gib": 0.6, "max_length": 8192, "compile": False}
+    path = _checkpoint("small", dtype=torch.bfloat16)
+    spec = _spec("", path, options=options, args={"bf16": True, "per_device_train_batch_size": 64})
+    spec["random"] = spec.pop("rows") * 4, 8000, 512
+    done = _torchrun(_ranks() if _gpus() > 1 else 1, ["--worker", json.dumps([spec])])
+    assert "out of GPU memory" in _one_line(done)
+
+
+def test_gpu_more_ranks_than_gpus():
+    _needs_gpus(1)
+    done = _torchrun(_gpus() + 1, ["--worker", json.dumps([_spec()])])
+    assert f"found {_gpus()} GPUs on this machine" in _one_line(done)
+
+
+# --------------------------------------------------------------------------------------------------
+# Timings
+
+
+def write_by_block(directory, config, *, quantised=True, dtype=None):
+    """A random checkpoint of a model of any size, a file a block: one block's weights for all of
+    them. On a GPU if there is one; no more than one block in memory."""
+    from safetensors.torch import save_file
+
+    transformers, bnb = _import("transformers"), _import("bitsandbytes")
+    dtype, device = dtype or torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = 1, 259
+    directory = compile_qlora.write_checkpoint(directory, small, dtype=dtype)  # and a tokenizer
+    (directory / "model.safetensors").unlink()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    files, block = {}, {}
+
+    def random_(p):
+        if p.ndim == 1:
+            return torch.ones(p.shape, dtype=dtype)
+        return torch.randn(p.shape, dtype=dtype, device=device).mul_(0.02)
+
+    def write(name, tensors):
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
+
+    for name, p in model.base_model.layers[0].named_parameters():
+        value = random_(p)
+        if quantised and p.ndim == 2:
+            how = {"quant_type": "nf4", "compress_statistics": True}
+            value, state = bnb.functional.quantize_4bit(value, **how)
+            items = state.as_dict(packed=True).items()
+            block |= {f"{name}.{k}": t.cpu() for k, t in items}
+        block[name] = value.cpu()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for i in range(config.num_hidden_layers):
+            tensors = {f"model.layers.{i}.{k}": t for k, t in block.items()}
+            pool.submit(write, f"block-{i:03d}.safetensors", tensors)
+    rest = {n: p for n, p in model.named_parameters() if ".layers." not in n}
+    for i, (name, p) in enumerate(rest.items()):
+        write(f"rest-{i}.safetensors", {name: random_(p).cpu().contiguous()})
+    index = {"metadata": {}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    if quantised:
+        config.quantization_config = compile_qlora._nf4_config(dtype).to_dict()
+    config.save_pretrained(directory)
+    return directory
+
+
+def _llama_70b():
+    config = compile_qlora._llama("8b")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 8192, 28672, 80
+    config.num_attention_heads = 64
+    return config
+
+
+PEERS = {
+    "hf_ddp": "transformers Trainer, DDP",
+    "hf_fsdp2": "transformers Trainer, FSDP2 by accelerate",
+    "unsloth_ddp": "Unsloth, DDP",
+    "unsloth_fsdp2": "Unsloth, its FSDP2",
+}
+TIMED = {"batch": 2, "length": 2048, "accumulate": 4, "steps": 9, "r": 64}
+
+
+def peer(spec: dict):
+    """One of PEERS on the same random tokens, in torchrun's processes: prints as worker does."""
+    kind, local = spec["kind"], int(os.environ["LOCAL_RANK"])
+    if kind == "unsloth_fsdp2":
+        os.environ["UNSLOTH_FSDP2"] = "1"
+    unsloth = _import("unsloth") if kind.startswith("unsloth") else None
+    transformers, peft, datasets = _import("transformers"), _import("peft"), _import("datasets")
+    torch.cuda.set_device(local)
+    t = types.SimpleNamespace(**TIMED)
+    world = int(os.environ["WORLD_SIZE"])
+    generator = torch.Generator().manual_seed(1)
+    count = world * t.batch * t.accumulate * t.steps
+    ids = torch.randint(0, 128000, (count, t.length), generator=generator)
+    columns = {"input_ids": ids.tolist(), "labels": ids.tolist()}
+    columns["attention_mask"] = torch.ones_like(ids).tolist()
+    rows = datasets.Dataset.from_dict(columns)
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    args = {"per_device_train_batch_size": t.batch, "gradient_accumulation_steps": t.accumulate}
+    args |= {"max_steps": t.steps, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    args |= {"bf16": True, "learning_rate": 1e-4, "optim": "adamw_torch_fused", "seed": 3407}
+    args |= {"disable_tqdm": True, "remove_unused_columns": False}
+    args |= {"output_dir": tempfile.mkdtemp(prefix="qlora_fsdp2_peer_")}
+    lora = {"r": t.r, "lora_alpha": 2 * t.r, "lora_dropout": 0, "target_modules": list(TARGETS)}
+    if unsloth:
+        trl, fast = _import("trl"), unsloth.FastLanguageModel
+        model, tokenizer = fast.from_pretrained(
+            spec["path"],
+            max_seq_length=t.length,
+            dtype=torch.bfloat16,
+            load_in_4bit=True,
+            local_files_only=True,
+            device_map={"": local},
+        )
+        model = fast.get_peft_model(model, use_gradient_checkpointing="unsloth", **lora)
+        how = {"max_length": t.length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        trainer = trl.SFTTrainer(
+            model=model,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            args=trl.SFTConfig(**how, **args),
+            callbacks=[Clock()],
+        )
+    else:
+        more = {}
+        if kind == "hf_fsdp2":  # accelerate shards 4-bit weights if they are typed as bf16
+            quantised = compile_qlora._nf4_config(torch.bfloat16)
+            quantised.bnb_4bit_quant_storage = torch.bfloat16
+            more = {"quantization_config": quantised}
+            config = {"fsdp_version": 2, "version": 2, "activation_checkpointing": True}
+            config["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
+            args |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+        else:
+            args |= {"gradient_checkpointing": True, "ddp_find_unused_parameters": False}
+            args |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        how = {"dtype": torch.bfloat16, "device_map": {"": local}, "attn_implementation": "sdpa"}
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(spec["path"], **how, **more)
+        model.config.use_cache = False
+        model.enable_input_require_grads()
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(**args),
+            train_dataset=rows,
+            data_collator=transformers.default_data_collator,
+            callbacks=[Clock()],
+        )
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    step_s = [b - a for a, b in itertools.pairwise(times)]
+    rate = count / t.steps * t.length / statistics.median(step_s[-5:])
+    logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    found = {"name": spec["name"], "tokens_per_s": rate, "step_s": step_s, "losses": logged}
+    if local == 0:
+        print("WORKER " + json.dumps(found | {"peak_gib": _peak_gib()}), flush=True)
+
+
+def _timed(name, path, vocab, ranks, options=None, args=None, **more):
+    t = types.SimpleNamespace(**{**TIMED, **more.pop("timed", {})})
+    accumulate = more.pop("accumulate", t.accumulate)
+    usual = {"per_device_train_batch_size": t.batch, "gradient_accumulation_steps": accumulate}
+    usual |= {"max_steps": t.steps, "logging_steps": 1, "learning_rate": 1e-4, "seed": 3407}
+    usual |= {
+        "gradient_checkpointing": True,
+        "bf16": True,
+        "warmup_steps": 1,
+        "save_strategy": "no",
+    }
+    kept = {"reshard_after_forward": False, "offload": True}
+    options = (
+        {"max_length": t.length, "lora_r": t.r, "lora_alpha": 2 * t.r} | kept | (options or {})
+    )
+    rows = ranks * t.batch * accumulate * t.steps
+    spec = {"name": name, "path": path, "options": options, "args": usual | (args or {})}
+    return spec | {"random": (rows, t.length, vocab), "ranks": ranks} | more
+
+
+def _run_timed(spec, **env) -> dict:
+    """A spec's result in a torchrun of its own, {"error": ...} if it failed; printed."""
+    how = ["--peer", json.dumps(spec)] if "kind" in spec else ["--worker", json.dumps([spec])]
+    done = _torchrun(spec["ranks"], how, UNSLOTH_DISABLE_STATISTICS="1", **env)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("WORKER ")]
+    if lines:
+        found = json.loads(lines[-1][7:])
+    else:
+        said = [x for x in done.stderr.splitlines() if re.search(r"qlora_fsdp2: |Error", x)]
+        found = {"name": spec["name"], "error": (said or ["no output"])[0][-300:]}
+        if os.environ.get("QLORA_FSDP2_DEBUG"):
+            print(done.stdout[-1500:], done.stderr[-3500:], sep="\n")
+    found["ranks"] = spec["ranks"]
+    _say_result(found)
+    return found
+
+
+def _say_result(r):
+    if "error" in r:
+        print(f"{r['name']:<28} failed: {r['error']}", flush=True)
+        return
+    line = f"{r['name']:<28} {r['tokens_per_s']:8.0f} tokens/s, step "
+    line += f"{statistics.median(r['step_s'][-5:]):.3f} s, first {r['step_s'][0]:.1f} s; "
+    line += (
+        f"peak {r['peak_gib']:.2f} GiB a GPU; loss {r['losses'][0]:.4f} to {r['losses'][-1]:.4f}"
+    )
+    lines = [line]
+    if "load_s" in r:
+        words = f"base {r['base']}, {r['base_gib']:.2f} GiB, loaded in {r['load_s']:.1f} s, host "
+        words += f"+{r['load_host_gib']:.2f} GiB, GPU peak {r['load_device_gib']:.2f} GiB; "
+        lines.append(f"    {words}all of PyTorch on a GPU {r['device_gib']:.2f} GiB")
+        lines.append("    " + _say_traffic(r["traffic"], r["lora_bytes"]))
+    if e := r.get("exposed"):
+        words = f"{e['ms']:.1f} ms; communication alone {100 * e['exposed']:.2f}%, "
+        words += f"nothing {100 * e['idle']:.2f}%; by kernels: "
+        words += ", ".join(f"{k} {ms:.1f}" for k, ms in r["groups"].items())
+        lines.append(f"    a profiled step {words}")
+    print("\n".join(lines), flush=True)
+
+
+def _say_traffic(traffic, lora_bytes):
+    parts = []
+    for name in Traffic.NAMES:
+        if calls := traffic[f"{name}_calls"]:
+            parts.append(f"{name} {traffic[f'{name}_bytes']} in {calls} calls")
+    what = f"; LoRA is {lora_bytes} bytes"
+    return "traffic received a step and rank: " + (", ".join(parts) or "none") + what
+
+
+def bench_gpu(results, sizes) -> dict:
+    """Real shapes with random weights on all GPUs here, each run in a torchrun of its own."""
+    known = "parity", "8b", "shard", "peers", "t4", "70b"
+    _need(set(sizes) <= set(known), "QLORA_FSDP2_SIZES", ",".join(sizes), ",".join(known))
+    count, folder = _gpus(), Path(tempfile.mkdtemp(prefix="qlora_fsdp2_bench_"))
+    head, found = {}, results.setdefault("runs", [])
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    cache["TRITON_CACHE_DIR"] = str(folder / "cache/triton")
+
+    def go(*specs):
+        """Runs of one GPU side by side, others one after the other."""
+        singles = [s for s in specs if s["ranks"] == 1]
+        with concurrent.futures.ThreadPoolExecutor(max(1, count)) as pool:
+            jobs = [
+                pool.submit(_run_timed, s, CUDA_VISIBLE_DEVICES=str(i % count), **cache)
+                for i, s in enumerate(singles)
+            ]
+            made = {id(s): job.result() for s, job in zip(singles, jobs, strict=True)}
+        made |= {id(s): _run_timed(s, **cache) for s in specs if s["ranks"] > 1}
+        found.extend(made[id(s)] for s in specs)
+        return [made[id(s)] for s in specs]
+
+    try:
+        if "parity" in sizes:
+            _bench_parity(folder, count, go)
+        if {"8b", "shard", "peers", "t4"} & set(sizes):
+            path = str(write_by_block(folder / "8b", compile_qlora._llama("8b")))
+            torch.cuda.empty_cache()
+            timed = functools.partial(_timed, path=path, vocab=128000)
+        if "8b" in sizes:
+            specs = [timed("8B, 1 GPU", ranks=1, profile_at=3)]
+            if count > 1:
+                specs.append(timed(f"8B, {count} GPUs", ranks=count, profile_at=3))
+            one, *more = (r.get("tokens_per_s", math.nan) for r in go(*specs))
+            if more:
+                head["scaling"] = more[0] / one
+        if "shard" in sizes and count > 1:
+            options = {"base": "shard", "reshard_after_forward": True}
+            go(timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3))
+        if "peers" in sizes and count > 1:
+            wanted = os.environ.get("QLORA_FSDP2_PEERS", ",".join(PEERS)).split(",")
+            found_one = importlib.util.find_spec("unsloth")
+            names = [n for n in PEERS if n in wanted and (n[:2] == "hf" or found_one)]
+            specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in names]
+            rates = {r["name"]: r["tokens_per_s"] for r in go(*specs) if "error" not in r}
+            ours = [r for r in found if r["name"] == f"8B, {count} GPUs" and "error" not in r]
+            if rates and ours:
+                best = max(rates, key=rates.get)
+                words = re.sub(r"\W+", "_", best)
+                head[f"8b_vs_{words}"] = ours[0]["tokens_per_s"] / rates[best]
+        if "t4" in sizes:
+            half = {"fp16": True, "bf16": False}
+            capped = {"options": {"memory_cap_gib": 15.0}, "args": half, "timed": {"steps": 8}}
+            specs = [timed("8B fp16, 15 GiB, 2 ranks", ranks=2, **capped)] if count > 1 else []
+            one = timed("8B fp16, 15 GiB, 1 rank", ranks=1, accumulate=8, **capped)
+            other = copy.deepcopy(one) | {"name": "the same, other attention"}
+            other["options"]["attention"] = "sdpa"
+            runs = go(*specs, one, other)
+            _say_apart(runs)
+        if "70b" in sizes and count > 1:
+            _bench_70b(folder, count, go)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return head
+
+
+def _say_apart(runs, reference=-2):
+    """Differences of loss curves to one GPU's, and that of one GPU with its sums in another order."""
+    whole = [run for run in runs if "losses" in run]
+    if len(whole) < 2 or "losses" not in runs[reference]:
+        return
+    truth = runs[reference]
+    for run in whole:
+        if run is not truth and len(run["losses"]) == len(truth["losses"]):
+            apart = _apart(truth["losses"], run["losses"])
+            words = f"largest relative difference of {len(run['losses'])} losses"
+            print(f"{words}, {truth['name']} to {run['name']}: {apart:.2e}", flush=True)
+
+
+def _bench_parity(folder, count, go):
+    """60 steps of Llama 1B on text: every way to shard on all GPUs against one GPU, and one GPU
+    with its sums in another order."""
+    path = str(write_by_block(folder / "1b", compile_qlora._llama("1b")))
+    torch.cuda.empty_cache()
+    specs = []
+
+    def spec(name, ranks, options=None, accumulate=1, **args):
+        usual = {"per_device_train_batch_size": 2, "max_steps": 60, "learning_rate": 2e-4}
+        usual |= {"gradient_accumulation_steps": accumulate, "bf16": True, "seed": 3407}
+        options = {"max_length": 512, "lora_r": 32, "lora_alpha": 64} | (options or {})
+        name = f"1B, {name}"
+        made = {"name": name, "path": path, "options": options, "args": usual | args}
+        specs.append(made | {"rows": 100 * 2 * count + 1, "ranks": ranks})
+
+    if count > 1:
+        many = f"{count} GPUs"
+        spec(f"{many}, replicate", count)
+        spec(f"{many}, shard", count, {"base": "shard"})
+        spec(f"{many}, CPU offload", count, {"base": "shard", "cpu_offload": True})
+        spec(f"{many}, checkpointing", count, gradient_checkpointing=True)
+        spec(f"{many}, HSDP", count, {"replicas": count})
+    spec("1 GPU", 1, accumulate=count)
+    spec("1 GPU, other attention", 1, {"attention": "sdpa"}, accumulate=count)
+    many = [spec for spec in specs if spec["ranks"] > 1]
+    runs = _jobs(count, many) if many else []
+    for run in runs:
+        _say_result(run | {"ranks": count})
+    runs += go(*(spec for spec in specs if spec["ranks"] == 1))
+    for run in runs[:1] + runs[-2:-1]:
+        for i in range(0, len(run.get("losses", [])), 10):
+            values = " ".join(f"{x:.5f}" for x in run["losses"][i : i + 10])
+            print(f"loss {run['name']:<22} from step {i + 1:<3} {values}", flush=True)
+    _say_apart(runs)
+
+
+def _bench_70b(folder, count, go):
+    begin = time.perf_counter()
+    path = str(write_by_block(folder / "70b", _llama_70b()))
+    torch.cuda.empty_cache()
+    print(
+        f"a 70B-shaped checkpoint in NF4 written in {time.perf_counter() - begin:.0f} s", flush=True
+    )
+    timed = functools.partial(_timed, path=path, vocab=128000, ranks=count, accumulate=1)
+    shape = {"timed": {"steps": 4}}
+    apart = {"reshard_after_forward": True}
+    capped = apart | {"base": "shard", "memory_cap_gib": 48.0}
+    name = f"70B, {count} GPUs"
+    sharded, whole = go(
+        timed(f"{name}, shard, 48 GiB", options=capped, profile_at=2, **shape),
+        timed(f"{name}, replicate", options=apart, **shape),
+    )
+    if "peak_gib" in sharded and "peak_gib" in whole:
+        share = sharded["peak_gib"] / whole["peak_gib"]
+        print(f"70B: the peak of shard is {share:.3f} of replicate's", flush=True)
+
+
+def bench_cpu(results) -> dict:
+    """Two gloo ranks on this CPU: the small model, ways to shard it."""
+    path = _checkpoint("small", dtype=torch.bfloat16)
+    specs = []
+    for name, options in (("replicate", {}), ("shard", {"base": "shard"})):
+        how = {"name": f"small, 2 CPU ranks, {name}", "args": {"logging_steps": 1}}
+        specs.append(_spec(path=path, steps=12, options=options) | how)
+        specs[-1]["args"] = _spec(steps=12)["args"] | {"logging_steps": 1}
+    results["runs"] = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
+    for run in results["runs"]:
+        _say_result(run)
+    plain, sharded = results["runs"]
+    return {"shard_vs_replicate": sharded["tokens_per_s"] / plain["tokens_per_s"]}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _self_test() -> tuple[int, int]:
+    import pytest
+
+    passed = []
+    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    sys.modules["qlora_fsdp2"] = sys.modules[__name__]  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
+    code = pytest.main([*quiet, "-W", "ignore", "--show-capture=no", __file__], plugins)
+    interrupted = code == pytest.ExitCode.INTERRUPTED
+    return 130 if interrupted else int(code != 0), len(passed)
+
+
+def _parse(argv):
+    transformers = _import("transformers")
+    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
+    parser = transformers.HfArgumentParser(
+        (Options, transformers.TrainingArguments), description=first, epilog=usage
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(output_dir="results/qlora_fsdp2", report_to="none")
+    parser.set_defaults(logging_nan_inf_filter=False)  # which waits for the GPU each micro-batch
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def _header(device, seed):
+    versions = {"torch": torch.__version__.split("+")[0]}
+    for name in ("triton", "transformers", "peft", "bitsandbytes", "accelerate"):
+        versions[name] = _import(name).__version__
+    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    words = (f"{k} {v}" for k, v in versions.items())
+    print("qlora_fsdp2", device, *words, sep=" | ", flush=True)
+    return versions
+
+
+def _device_words(count):
+    return f"{count} x {torch.cuda.get_device_name()}" if _gpus() else f"{count} x CPU"
+
+
+def _train(options, args, world) -> dict:
+    """--model or --dataset: trains, exports; results for --json."""
+    _check_options(options, args, world)
+    _voice.output_dir = args.output_dir
+    cuda = world.device.type == "cuda"
+    if cuda and not args.fp16 and not args.bf16:
+        args = compile_qlora._in_precision(args, compile_qlora._half())
+    if not world.first:
+        args.disable_tqdm = True
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True", "1"):
+        complete = _checkpoints(args.output_dir)
+        need = "--output_dir of a run that saved one"
+        _need(complete, "resume_from_checkpoint", f"no checkpoint in {args.output_dir}", need)
+        resume = str(complete[-1])
+    if resume and not (Path(resume) / "run_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: found {resume}, need a checkpoint of this script"
+        )
+    name = options.model or "a small random Llama"
+    if options.model is None:
+        path = Path(args.output_dir) / "small"
+        if world.first:
+            compile_qlora.write_checkpoint(path, compile_qlora._llama("small"))
+        dist.barrier(group=world.gloo)
+    else:
+        path = fetch(options.model, world)
+    if world.first:
+        print(f"training {name} on {world.size} ranks", flush=True)
+    run = train(str(path), options, args, world, resume=resume)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    save_adapter(run.trainer.model, args.output_dir, world)
+    if options.merge:
+        half = torch.float16 if args.fp16 else torch.bfloat16
+        save_merged(run.loaded, path, Path(args.output_dir) / "merged", half, world)
+    lora = sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
+    if world.first:
+        print(_say_traffic(run.traffic, lora * 4))
+        compiled = getattr(run.trainer.model, "compiled_regions", None)
+        for line in compiled.report() if compiled else ():
+            print(f"  {line}")
+        what = ", merged" if options.merge else ""
+        print(f"saved in {args.output_dir}: adapter{what}", flush=True)
+    keys = "losses", "step_s", "tokens_per_s", "peak_gib", "traffic"
+    return {key: getattr(run, key) for key in keys}
+
+
+def _in_ranks(argv) -> int:
+    """What every rank does under torchrun, or the only process without it."""
+    _voice.connect()
+    _end_with_the_others()
+    use_cpu = bool(re.search(r"--use_cpu(?![= ](?i:false|0|no))", " ".join(argv)))
+    world = join(use_cpu)
+    if world.device.type == "cpu" and not use_cpu:
+        argv = [*argv, "--use_cpu", "true"]
+    if argv[:1] == ["--worker"]:
+        for spec in json.loads(argv[1]):
+            found = worker(spec, world)
+            if world.first:
+                print("WORKER " + json.dumps(found), flush=True)
+            compile_qlora._reset()
+        dist.barrier(group=world.gloo)
+        return 0
+    quiet = _nothing() if world.first else contextlib.redirect_stderr(io.StringIO())
+    with quiet:  # argparse's own words, once
+        options, args = _parse(argv)
+    args._n_gpu = min(args.n_gpu, 1)
+    versions = _header(_device_words(world.size), args.seed) if world.first else {}
+    if world.first and not _gpus() and not use_cpu:
+        print("no GPU found: training on CPUs, with gloo", flush=True)
+    found = _train(options, args, world)
+    if world.first and options.json:
+        _write_json(options.json, {**versions, **found})
+    dist.barrier(group=world.gloo)
+    if world.first:
+        rate = f"tokens_per_s={found['tokens_per_s']:.0f}"
+        print(f"RESULT qlora_fsdp2 PASS steps={len(found['losses'])} {rate}", flush=True)
+    return 0
+
+
+def _write_json(path, found):
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(found, indent=1))
+    part.replace(path)
+
+
+def _test_and_bench(argv) -> int:
+    options, args = _parse(argv)
+    count = _gpus() or 1
+    versions = _header(_device_words(count), args.seed)
+    code, checks, head, results = 0, 0, {}, {}
+    if options.test or not options.bench:
+        code, checks = _self_test()
+    if not code and (options.bench or not options.test):
+        if _gpus():
+            usual = "parity,8b,shard,peers,t4,70b"
+            sizes = os.environ.get("QLORA_FSDP2_SIZES", usual).split(",")
+            head = bench_gpu(results, sizes)
+        else:
+            head = bench_cpu(results)
+    if options.json:
+        _write_json(options.json, {**versions, **results, **head})
+    figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
+    print(f"RESULT qlora_fsdp2 {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
+    return code
+
+
+def _explain(error) -> tuple[int, str]:
+    """(exit code, one line) for what went wrong."""
+    line = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        tried = re.search(r"Tried to allocate [\d.]+ \w+", line)
+        less = "need less: --per_device_train_batch_size, --max_length, --gradient_checkpointing "
+        less += "true, --offload true, --base shard or --cpu_offload true"
+        return 1, f"out of GPU memory ({tried[0] if tried else line[:80]}), {less}; {_last_words()}"
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        words = " ".join(str(cause).split())[:160] or type(cause).__name__
+        wrote = getattr(error, "writing", False)
+        what = "the checkpoint could not be written" if wrote else "the checkpoint cannot be read"
+        return 1, f"{what}: rank {rank}: {type(cause).__name__}: {words}; {_last_words()}"
+    if type(error).__name__ == "SafetensorError":
+        return 2, f"a file of safetensors cannot be read or written: {line[:200]}"
+    if isinstance(error, Missing):
+        return 77, line
+    if isinstance(error, ImportError):
+        return 77, f"found no {error.name}, need requirements.txt installed"
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return 1, f"a region could not be compiled: {line[:300]}"
+    if isinstance(error, AssertionError):
+        return 1, f"a check failed: {line[:400]}"
+    if isinstance(error, (ValueError, TypeError, OSError)):
+        return 2, line[:400]
+    if isinstance(error, (dist.DistError, RuntimeError)):
+        lost = re.search(r"(?i)connection (closed|reset)|gloo|nccl|socket|peer", line)
+        if lost:
+            return 1, f"lost another rank ({line[:100]}); {_last_words()}"
+    raise error
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    trains = any(re.match(r"--(worker|model|dataset)(=|$)", word) for word in argv)
+    try:
+        if argv[:1] == ["--peer"]:
+            peer(json.loads(argv[1]))
+            return 0
+        if trains:
+            code = _in_ranks(argv)
+            dist.destroy_process_group()
+            return code
+        if int(os.environ.get("RANK", "0")):  # torchrun without a model: one process tests, and
+            return 0  # starts torchruns of its own
+        return _test_and_bench(argv)
+    except KeyboardInterrupt:
+        code, words = 130, f"interrupted; {_last_words()}" if trains else "interrupted"
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 (raised again if unknown)
+        code, words = _explain(error)
+    _voice.say(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if trains:  # other ranks may wait in a collective: torchrun ends them when this one has gone
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
