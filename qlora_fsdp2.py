@@ -274,15 +274,23 @@ def _check_options(options, args, world):
         _need(value in known, name, repr(value), f"one of {', '.join(known)}")
     ok = options.replicas >= 1 and world.size % options.replicas == 0
     _need(ok, "replicas", options.replicas, f"a divisor of the {world.size} ranks")
-    _need(not args.fsdp, "fsdp", "Trainer's own sharding", "none: this script shards the model")
-    _need(not args.deepspeed, "deepspeed", args.deepspeed, "none: this script shards the model")
     _need(args.world_size == world.size, "WORLD_SIZE", world.size, f"{args.world_size}, as Trainer")
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    _need(evaluates == "no", "eval_strategy", evaluates, "no: evaluate the saved adapter")
-    wanted = args.load_best_model_at_end
-    _need(not wanted, "load_best_model_at_end", wanted, "false: nothing is evaluated")
-    order = str(getattr(args, "train_sampling_strategy", "random"))
-    _need(order.endswith(("random", "RANDOM")), "train_sampling_strategy", order, "random")
+    ours = "this script shards the model"
+    for name, wanted, why in (
+        ("fsdp", False, ours),
+        ("deepspeed", False, ours),
+        ("eval_strategy", "no", "evaluate the saved adapter"),
+        ("load_best_model_at_end", False, "nothing is evaluated"),
+        ("train_sampling_strategy", "random", "rows are dealt as in one process"),
+        ("dataloader_drop_last", False, "the last rows are dealt out unevenly"),
+        ("average_tokens_across_devices", True, "the loss is the mean over all ranks' tokens"),
+        ("auto_find_batch_size", False, "a step must take the same rows"),
+        ("label_smoothing_factor", False, "Trainer's needs the logits"),
+    ):
+        value = getattr(args, name, wanted)
+        value = getattr(value, "value", value)  # of an enumeration
+        ok = value == wanted if wanted else not value
+        _need(ok, name, repr(value), f"{wanted or 'none'}: {why}")
     if options.offload:
         _need(world.device.type == "cuda", "offload", "a CPU", "GPUs")
         ok = any(getattr(args, n, False) for n in compile_qlora.CHECKPOINTING) and options.compile
@@ -1745,19 +1753,21 @@ def _spec(name="", path=None, steps=STEPS, size=2, accumulate=1, options=None, *
 
 
 @functools.cache
-def _single(accumulate, steps=STEPS, order=False):
-    """Losses of stock Trainer, transformers and PEFT in this process, 4 rows a step for 2."""
+def _single(accumulate, steps=STEPS, order=False, packing=False):
+    """Losses of stock Trainer, transformers and PEFT in this process, 4 rows a step for 2. Packed,
+    of compile_qlora's functions: transformers' own mask for it is another matter."""
     args = compile_qlora._arguments(
         **BATCH, max_steps=steps, gradient_accumulation_steps=accumulate, use_cpu=True
     )
-    options = compile_qlora.Options(**SMALL)
-    rows = compile_qlora._rows(_checkpoint(), None, options.max_length, False)[:ROWS]
+    options = compile_qlora.Options(**SMALL, packing=packing)
+    rows = compile_qlora._rows(_checkpoint(), None, options.max_length, packing)[:ROWS]
     change = compile_qlora._other_attention, compile_qlora._other_shapes
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(compile_qlora, "_rows", lambda *_: rows))
         for other in change if order else ():
             stack.enter_context(other())
-        return compile_qlora.train("hf", _checkpoint(), options, args).losses
+        stack = "ours" if packing else "hf"
+        return compile_qlora.train(stack, _checkpoint(), options, args).losses
 
 
 def _apart(a, b):
@@ -1771,7 +1781,7 @@ def test_losses_equal_one_process():
     want, again = _single(2), _single(2, order=True)
     noise = max(_apart(want, again), 2e-7)  # a unit in the last place is 0.8e-7
     assert want[-1] < want[0] - 0.2, want
-    accumulated = _single(4)
+    others = {"accumulation": _single(4), "packing": _single(2, packing=True)}
     specs = [
         _spec("replicate"),
         _spec("shard", options={"base": "shard"}),
@@ -1787,6 +1797,7 @@ def test_losses_equal_one_process():
             args={"gradient_checkpointing": True},
         ),
         _spec("accumulation", accumulate=2, options={"base": "shard"}),
+        _spec("packing", options={"packing": True}),
     ]
     found = {run["name"]: run for run in _jobs(2, specs, **_on_cpu())}
     more = _spec(
@@ -1795,7 +1806,7 @@ def test_losses_equal_one_process():
     if _gpus() == 0 or _gpus() > 3:
         found |= {run["name"]: run for run in _jobs(4, [more], **_on_cpu())}
     for name, run in found.items():
-        truth = accumulated if name == "accumulation" else want
+        truth = others.get(name, want)
         apart = _apart(truth, run["losses"])
         assert apart < (2 if not _gpus() else 20) * noise, (
             name,
@@ -1924,13 +1935,22 @@ def test_loaded_bytes_are_transformers_and_survive_gathering():
 
 def test_buffers_equal_transformers():
     """What is computed, not read: rotary frequencies, scales of embeddings."""
-    for name, config in compile_qlora._families().items():
+    cases = dict(compile_qlora._families())
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for kind, more in (("llama3", bands), ("yarn", {}), ("linear", {})):
+        cases[kind] = copy.deepcopy(cases["llama"])
+        rope = {"rope_type": kind, "rope_theta": 5e5, "factor": 8.0, **more}
+        cases[kind].rope_parameters = rope | {"original_max_position_embeddings": 256}
+    seen = set()
+    for name, config in cases.items():
         path = _checkpoint(name, config, quantised=False)
         auto = _import("transformers").AutoModelForCausalLM
         want = dict(auto.from_pretrained(path, dtype=torch.float32).named_buffers())
         got = dict(_empty_model(path, torch.float32, "cpu", "eager").named_buffers())
         assert want.keys() == got.keys() and want, name
         assert all(torch.equal(want[k], got[k]) for k in want), name
+        seen.add(str(want["model.rotary_emb.inv_freq"].tolist()))
+    assert len(seen) >= 4, seen  # they do differ
 
 
 def _check_clip(world):
@@ -1972,6 +1992,36 @@ def _check_clip(world):
         assert (not any(moved)) if broken else all(moved), (broken, moved)
     assert scaler.get_scale() == 4.0
     return {"ok": True}
+
+
+def _check_base(world):
+    """--base auto, by the memory of the rank that has least; Llama 8B and 70B on 15 and 40 GiB."""
+    found = {}
+    for size, config in (("8b", compile_qlora._llama("8b")), ("70b", _llama_70b())):
+        args = _arguments(True, per_device_train_batch_size=2, gradient_checkpointing=True)
+        with torch.device("meta"):
+            model = _import("transformers").AutoModelForCausalLM.from_config(config)
+        entries = [
+            Entry([], [], ".layers." in name and p.ndim == 2, p.shape)
+            for name, p in model.named_parameters()
+        ]
+        unit = Unit("", model, entries)
+        model.requires_grad_(False)
+        sizes = _estimate([unit], model, Options(), args, world.size)
+        for gib in (5, 15, 40, 140):
+            free = gib if world.rank else 150
+            fake = world._replace(device=torch.device("cuda"))
+            with mock.patch.object(torch.cuda, "mem_get_info", lambda free=free: (free * GIB, 0)):
+                found[f"{size} {gib}"] = _choose_base(Options(), fake, *sizes)
+    return found
+
+
+def test_base_is_chosen_by_memory():
+    (found,) = _jobs(2, [{"call": "_check_base"}], CUDA_VISIBLE_DEVICES="")
+    bases = {name: base for name, (base, _) in found.items()}
+    assert bases["8b 15"] == bases["8b 40"] == bases["70b 140"] == "replicate", found
+    assert bases["8b 5"] == bases["70b 15"] == bases["70b 40"] == "shard", found
+    assert "15.0 are free" in found["8b 15"][1], found
 
 
 def test_clipping_and_the_scaler():
@@ -2168,6 +2218,8 @@ def test_command_line():
     for wrong, words in (
         (["--base", "half"], "base: found 'half', need one of replicate, shard, auto"),
         (["--fsdp", "full_shard"], "fsdp: found"),
+        (["--optim", "adafactor"], "optim: found Adafactor, need one that works by elements"),
+        (["--target_modules", "lm_head"], "target_modules: found"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ):
         done = _torchrun(2, [*argv, *wrong], **_on_cpu())
@@ -2176,14 +2228,14 @@ def test_command_line():
 
 
 def test_gpu_half_precision_compiled():
-    """fp16 with GradScaler, and bf16, through inductor: replicated, sharded, offloaded, checkpointed
-    on all GPUs against one GPU."""
+    """fp16 with GradScaler, and bf16, through inductor: replicated, sharded, offloaded, and
+    checkpointed, on all GPUs against one."""
     _needs_gpus(2)
     path = _checkpoint("small", dtype=torch.bfloat16)
     more = {"gradient_checkpointing": True, "torch_compile_backend": "inductor"}
     options = {"compile": True, "lora_r": 16, "lora_alpha": 32}
     ways = {"fp16 replicate": {}, "fp16 shard": {"base": "shard", "offload": True}}
-    ways |= {"bf16 offload": {"base": "shard", "cpu_offload": True}}
+    ways |= {"fp16 offload": {"base": "shard", "cpu_offload": True}}
     ways |= {"bf16 half": {"param_dtype": "half"}}
     ways |= {"bf16 kept": {"base": "shard", "reshard_after_forward": False, "offload": True}}
     halves = {"fp16": 2e-3, "bf16": 1e-2}
@@ -2505,7 +2557,7 @@ def bench_gpu(results, sizes) -> dict:
 
 
 def _say_apart(runs, reference=-2):
-    """Differences of loss curves to one GPU's, and that of one GPU with its sums in another order."""
+    """Differences of loss curves to one GPU's; one GPU with its sums in another order is among."""
     whole = [run for run in runs if "losses" in run]
     if len(whole) < 2 or "losses" not in runs[reference]:
         return
@@ -2565,13 +2617,15 @@ def _bench_70b(folder, count, go):
     apart = {"reshard_after_forward": True}
     capped = apart | {"base": "shard", "memory_cap_gib": 48.0}
     name = f"70B, {count} GPUs"
-    sharded, whole = go(
-        timed(f"{name}, shard, 48 GiB", options=capped, profile_at=2, **shape),
+    whole, *others = go(
         timed(f"{name}, replicate", options=apart, **shape),
+        timed(f"{name}, shard, 48 GiB", options=capped, profile_at=2, **shape),
+        timed(f"{name}, shard, CPU offload", options=capped | {"cpu_offload": True}, **shape),
     )
-    if "peak_gib" in sharded and "peak_gib" in whole:
-        share = sharded["peak_gib"] / whole["peak_gib"]
-        print(f"70B: the peak of shard is {share:.3f} of replicate's", flush=True)
+    for run in others:
+        if "peak_gib" in run and "peak_gib" in whole:
+            share = run["peak_gib"] / whole["peak_gib"]
+            print(f"{run['name']}: its peak is {share:.3f} of replicate's", flush=True)
 
 
 def bench_cpu(results) -> dict:
