@@ -1589,9 +1589,10 @@ def _plain_environment():
     env = {k: v for k, v in os.environ.items() if k not in mine}
     away = "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "TORCH_NCCL_"
     env = {k: v for k, v in env.items() if not k.startswith(away)}
-    threads = max(1, (os.cpu_count() or 1) // 2)
     plain = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return env | plain | {"OMP_NUM_THREADS": str(threads)}
+    if not _gpus():  # where there are, torchrun's own choice of one thread is right
+        plain["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
+    return env | plain
 
 
 def _jobs(ranks, specs, **how) -> list[dict]:
@@ -1681,9 +1682,9 @@ def _fault(fault, world):
 
     def step(self, *args, **kwargs):
         if self.state.global_step == fault["step"]:
+            while not _checkpoints(self.args.output_dir):  # it is written beside training
+                time.sleep(0.05)
             if kind == "kill":
-                while not _checkpoints(self.args.output_dir):
-                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.99 GiB.")
         return stock(self, *args, **kwargs)
