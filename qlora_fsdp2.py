@@ -2216,16 +2216,41 @@ def test_command_line():
     assert (out / "adapter_model.safetensors").exists() and (out / "merged/config.json").exists()
     assert (out / "checkpoint-2" / "run_state.json").exists()
     assert len(json.loads(Path(f"{out}.json").read_text())["losses"]) == 3
-    for wrong, words in (
-        (["--base", "half"], "base: found 'half', need one of replicate, shard, auto"),
-        (["--fsdp", "full_shard"], "fsdp: found"),
+    for wrong, words in (  # and without torchrun
         (["--optim", "adafactor"], "optim: found Adafactor, need one that works by elements"),
         (["--target_modules", "lm_head"], "target_modules: found"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ):
-        done = _torchrun(2, [*argv, *wrong], **_on_cpu())
-        assert words in _one_line(done), (wrong, done.stderr[-2000:])
-        assert any(x.startswith("RESULT qlora_fsdp2 FAIL") for x in done.stdout.splitlines())
+        command = [sys.executable, os.path.abspath(__file__), *argv, *wrong]
+        env = _plain_environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and words in _one_line(done), (wrong, done.stderr[-2000:])
+        assert done.stdout.splitlines()[-1].startswith("RESULT qlora_fsdp2 FAIL"), done.stdout
+
+
+def test_flags_that_do_not_fit_are_refused():
+    world = World(0, 1, 0, torch.device("cpu"), None, None)
+    _check_options(Options(), _arguments(True), world)
+    for options, args, words in (
+        ({"base": "half"}, {}, "base: found 'half', need one of replicate, shard, auto"),
+        ({"replicas": 2}, {}, "replicas: found 2, need a divisor of the 1 ranks"),
+        ({"offload": True}, {}, "offload: found a CPU, need GPUs"),
+        ({}, {"fsdp": "full_shard"}, "fsdp: found"),
+        ({}, {"eval_strategy": "steps"}, "eval_strategy: found 'steps', need no"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last: found True, need none"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: found True"),
+        ({}, {"average_tokens_across_devices": False}, "average_tokens_across_devices: found"),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor: found 0.1, need none"),
+    ):
+        made = _arguments(True)
+        for name, value in args.items():
+            setattr(made, name, value)
+        try:
+            _check_options(Options(**options), made, world)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{options} {args} went unnoticed")
 
 
 def test_gpu_half_precision_compiled():
