@@ -40,6 +40,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -1115,9 +1116,10 @@ def _trainer_class():
 
         def progress(self):
             """Since the last call: tokens with labels a second, all ranks; and this rank's peak."""
-            last, self.marked = self.marked, (time.perf_counter(), self.labels)
+            step = self.state.global_step  # the same on all ranks, as labels are not
+            last, self.marked = self.marked, (time.perf_counter(), self.labels, step)
             found = {}
-            if last and self.labels > last[1]:
+            if last and step > last[2]:
                 labels = torch.tensor(self.labels - last[1])
                 dist.all_reduce(labels, group=self.world.gloo)
                 found["tokens_per_s"] = round(int(labels) / (self.marked[0] - last[0]))
@@ -1784,7 +1786,7 @@ def test_losses_equal_one_process():
     assert want[-1] < want[0] - 0.2, want
     others = {"accumulation": _single(4), "packing": _single(2, packing=True)}
     specs = [
-        _spec("replicate"),
+        _spec("replicate", args={"logging_steps": 1}),
         _spec("shard", options={"base": "shard"}),
         _spec(
             "shard, kept after forward", options={"base": "shard", "reshard_after_forward": False}
@@ -1848,10 +1850,18 @@ def _as_bytes(tensor):
     return tensor.detach().cpu().clone().numpy().tobytes()
 
 
+def _checksum(tensor) -> str:
+    """Of a frozen tensor's bytes; in 4 bits, also of its state's and of the weight behind them."""
+    state = getattr(tensor, "quant_state", None)
+    parts = [tensor.float()]
+    if state is not None:
+        nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
+        parts = [tensor.data, dequantize_nf4(tensor, state), state.absmax, state.code, *nested]
+    return hashlib.sha256(b"".join(map(_as_bytes, parts))).hexdigest()
+
+
 def _sums(world, path, base):
     """Checksums of a model's frozen tensors as they stand when gathered, and of LoRA's."""
-    import hashlib
-
     options = Options(**SMALL, base=base)
     loaded = load(path, options, _arguments(world.device.type == "cpu"), torch.float32, world)
     found = {}
@@ -1863,16 +1873,7 @@ def _sums(world, path, base):
                 unit.attach(torch.float32)
             for entry in unit.entries:
                 module, name = entry.places[0]
-                value = module._buffers[name]
-                if entry.linear:
-                    state = value.quant_state
-                    whole = _as_bytes(dequantize_nf4(value, state))
-                    nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
-                    parts = [value.data, state.absmax, state.code, *nested]
-                    whole += b"".join(map(_as_bytes, parts))
-                else:
-                    whole = _as_bytes(value.float())
-                sum_ = hashlib.sha256(whole).hexdigest()
+                sum_ = _checksum(module._buffers[name])
                 assert found.setdefault(entry.keys[0], sum_) == sum_, entry.keys
             if gathered:
                 unit.module.reshard()
@@ -1885,30 +1886,20 @@ def _sums(world, path, base):
 
 
 def _stock_sums(path):
-    """_sums of the model that transformers and PEFT load."""
-    import hashlib
-
+    """(_sums, LoRA's, how many NaNs its bytes would be) of what transformers and PEFT load."""
     options = compile_qlora.Options(**SMALL)
     _import("transformers").set_seed(42)
     model, _ = compile_qlora.load(path, "hf", options, torch.float32, "cpu")
-    found = {}
+    found, lora, nans = {}, {}, 0
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if p.requires_grad:
+            lora[name] = p.detach().double().sum().item()
             continue
-        state = getattr(p, "quant_state", None)
-        if state is not None:
-            whole = _as_bytes(dequantize_nf4(p, state))
-            nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
-            parts = [p.data, state.absmax, state.code, *nested]
-            whole += b"".join(map(_as_bytes, parts))
-        else:
-            whole = _as_bytes(p.float())
+        if hasattr(p, "quant_state"):
+            nans += int(p.data.flatten().view(torch.float16).isnan().sum())
         name = name.removeprefix("base_model.model.").replace("base_layer.", "")
-        found[name] = hashlib.sha256(whole).hexdigest()
-    lora = {
-        n: p.detach().double().sum().item() for n, p in model.named_parameters() if p.requires_grad
-    }
-    return found, lora
+        found[name] = _checksum(p)
+    return found, lora, nans
 
 
 def test_loaded_bytes_are_transformers_and_survive_gathering():
@@ -1926,7 +1917,8 @@ def test_loaded_bytes_are_transformers_and_survive_gathering():
                 specs.append({"call": "_sums", "with": {"path": path, "base": base}})
     found = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
     for i, run in enumerate(found):
-        (sums, lora), spec = wants[i // 2], specs[i]
+        (sums, lora, nans), spec = wants[i // 2], specs[i]
+        assert nans > 100, nans
         assert run["base"] == spec["with"]["base"]
         assert run["lora"].keys() == lora.keys() and all(
             abs(run["lora"][n] - lora[n]) < 1e-9 for n in lora
