@@ -793,7 +793,7 @@ def load(path, options, args, dtype, world) -> Loaded:
         if unit.module in blocks:
             _fully_shard(unit.module, frozen=frozen, **how)
         if frozen is not None:  # after FSDP2's own hook
-            unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.attach(dtype))
+            unit.module.register_forward_pre_hook(lambda *_, unit=unit: _arrived(unit, dtype))
         del flat, frozen
     fully_shard(model, **how)
     _prefetch(model, units)
@@ -832,6 +832,16 @@ def _sharding(options, world, dtype):
         if options.cpu_offload
         else OffloadPolicy(),
     }
+
+
+def _arrived(unit, dtype):
+    """A block's bytes are in place: what they were received in is let go. FSDP2 would keep it until
+    the next block's have come, another block's memory."""
+    unit.attach(dtype)
+    group = fully_shard.state(unit.module)._fsdp_param_group
+    if received := group.comm_ctx.all_gather_state:
+        group._wait_all_gather_streams_on_event(received.event)
+        group.comm_ctx.all_gather_state = None
 
 
 def _prefetch(model, units):
@@ -2206,17 +2216,18 @@ def test_adapter_and_merged_model():
     _jobs(2, specs, **_on_cpu())
     ids = torch.arange(40)[None] + 60
     auto = transformers.AutoModelForCausalLM
+    how = {"dtype": torch.float32, "device_map": {"": "cpu"}}
     for base in ("replicate", "shard"):
-        plain = auto.from_pretrained(_checkpoint(), dtype=torch.float32)
+        plain = auto.from_pretrained(_checkpoint(), **how)
         for module in plain.modules():
             if hasattr(module, "compute_dtype"):
                 module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-        model = peft.PeftModel.from_pretrained(plain, str(out / base))
+        model = peft.PeftModel.from_pretrained(plain, str(out / base), torch_device="cpu")
         model = compile_qlora.fuse(model).eval()  # bitsandbytes' products on a CPU are rougher
         want = model(ids).logits
         with model.disable_adapter():
             bare = model(ids).logits
-        merged = auto.from_pretrained(str(out / f"{base}-merged"), dtype=torch.float32)
+        merged = auto.from_pretrained(str(out / f"{base}-merged"), **how)
         got = merged(ids).logits
         error = ((got - want).norm() / want.norm()).item()
         moved = ((bare - want).norm() / want.norm()).item()
@@ -2386,9 +2397,9 @@ def _llama_70b():
 
 PEERS = {
     "hf_ddp": "transformers Trainer, DDP",
-    "hf_fsdp2": "transformers Trainer, FSDP2 by accelerate",
     "unsloth_ddp": "Unsloth, DDP",
     "unsloth_fsdp2": "Unsloth, its FSDP2",
+    "hf_fsdp2": "transformers Trainer, FSDP2 by accelerate",
 }
 TIMED = {"batch": 2, "length": 2048, "accumulate": 4, "steps": 9, "r": 64}
 
