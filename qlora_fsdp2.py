@@ -1830,11 +1830,19 @@ def _apart(a, b):
 
 def test_losses_equal_one_process():
     """60 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
-    with stock Trainer, transformers and PEFT, for every way to shard."""
-    want, again = _single(2), _single(2, order=True)
+    with stock Trainer, transformers and PEFT, for every way to shard. On GPUs that of one GPU."""
+    if _gpus() > 1:
+        alone = [_spec(accumulate=n) for n in (2, 4)]
+        alone += [_spec(args={"per_device_train_batch_size": 4})]  # the same rows, other sums
+        alone += [_spec(accumulate=2, options={"packing": True})]
+        alone = (run["losses"] for run in _jobs(1, alone))
+        want, accumulated, again, packed = alone
+    else:
+        want, again = _single(2), _single(2, order=True)
+        accumulated, packed = _single(4), _single(2, packing=True)
     noise = max(_apart(want, again), 2e-7)  # a unit in the last place is 0.8e-7
     assert want[-1] < want[0] - 0.2, want
-    others = {"accumulation": _single(4), "packing": _single(2, packing=True)}
+    others = {"accumulation": accumulated, "packing": packed}
     specs = [
         _spec("replicate", args={"logging_steps": 1}),
         _spec("shard", options={"base": "shard"}),
@@ -1861,13 +1869,8 @@ def test_losses_equal_one_process():
     for name, run in found.items():
         truth = others.get(name, want)
         apart = _apart(truth, run["losses"])
-        assert apart < (2 if not _gpus() else 20) * noise, (
-            name,
-            apart,
-            noise,
-            truth[:5],
-            run["losses"][:5],
-        )
+        said = name, apart, noise, truth[:5], run["losses"][:5]
+        assert apart < (5 if _gpus() > 1 else 2) * noise, said
         assert not run["breaks"], run["breaks"]
     assert found["compile"]["graphs"] and not found["replicate"]["graphs"]
     assert found["replicate"]["base"] == "replicate" and found["shard"]["base"] == "shard"
@@ -2453,11 +2456,7 @@ def peer(spec: dict):
             callbacks=[Clock()],
         )
     else:
-        more = {}
-        if kind == "hf_fsdp2":  # accelerate shards 4-bit weights if they are typed as bf16
-            quantised = compile_qlora._nf4_config(torch.bfloat16)
-            quantised.bnb_4bit_quant_storage = torch.bfloat16
-            more = {"quantization_config": quantised}
+        if kind == "hf_fsdp2":
             config = {"fsdp_version": 2, "version": 2, "activation_checkpointing": True}
             config["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
             args |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
@@ -2466,8 +2465,14 @@ def peer(spec: dict):
             args |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
         how = {"dtype": torch.bfloat16, "device_map": {"": local}, "attn_implementation": "sdpa"}
         auto = transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(spec["path"], **how, **more)
+        model = auto.from_pretrained(spec["path"], **how)
         model.config.use_cache = False
+        for module in model.modules() if kind == "hf_fsdp2" else ():
+            # accelerate shards 4-bit weights that are typed as bf16, as quant_storage would do it
+            if hasattr(module, "quant_state"):
+                weight = module.weight
+                weight.data = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+                weight.quant_storage = torch.bfloat16
         model.enable_input_require_grads()
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         trainer = transformers.Trainer(
@@ -2856,6 +2861,8 @@ def _test_and_bench(argv) -> int:
             head = bench_gpu(results, sizes)
         else:
             head = bench_cpu(results)
+        broken = [r for r in results["runs"] if "error" in r and r["name"] not in PEERS.values()]
+        code = int(bool(broken))
     if options.json:
         _write_json(options.json, {**versions, **results, **head})
     figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
