@@ -647,6 +647,7 @@ class Parked:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def reshard(self):
+        self.wait()  # if a forward ended early its memory must not be used again before the copy
         self.flat.untyped_storage().resize_(0)
 
 
