@@ -1197,11 +1197,9 @@ def _nf4_config(dtype):
     return _import("transformers").BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype)
 
 
-def load(path, stack, options, dtype, device):
-    """(model with LoRA, tokenizer) for one of STACKS; 4-bit weights on `device`, dtype as the
-    products'. A checkpoint that is quantised already is taken as it is, any other is quantised to
-    NF4 with nested scales while it is loaded."""
-    transformers, peft = _import("transformers"), _import("peft")
+def _config_of(path, options):
+    """(a checkpoint's text config, how its weights are quantised or None). ValueError if they are
+    by another library than bitsandbytes, or rows may be too long for the model."""
     config = _causal_config(path)
     text = config.get_text_config()
     quantised = getattr(config, "quantization_config", None)
@@ -1216,6 +1214,26 @@ def load(path, stack, options, dtype, device):
         )
     most = getattr(text, "max_position_embeddings", None) or options.max_length
     _need(options.max_length <= most, "max_length", options.max_length, f"{most} at most: {path}")
+    return text, quantised
+
+
+def _lora_config(options, **more):
+    return _import("peft").LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+        **more,
+    )
+
+
+def load(path, stack, options, dtype, device):
+    """(model with LoRA, tokenizer) for one of STACKS; 4-bit weights on `device`, dtype as the
+    products'. A checkpoint that is quantised already is taken as it is, any other is quantised to
+    NF4 with nested scales while it is loaded."""
+    transformers, peft = _import("transformers"), _import("peft")
+    text, quantised = _config_of(path, options)
     ours = stack.startswith("ours")
     capped = getattr(text, "attn_logit_softcapping", None)  # which transformers' SDPA leaves out
     attention = "flex_attn" if ours else "eager" if capped else "sdpa"
@@ -1239,14 +1257,7 @@ def load(path, stack, options, dtype, device):
             p.data = p.data.to(dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.target_modules,
-    )
-    return peft.get_peft_model(model, lora), _tokenizer(path)
+    return peft.get_peft_model(model, _lora_config(options)), _tokenizer(path)
 
 
 def _tokenizer(path):
@@ -2858,15 +2869,14 @@ def _self_test() -> tuple[int, int]:
     return 130 if interrupted else int(code != 0), len(passed)
 
 
-def _parse(argv):
+def _parse(argv, kind=Options, doc=__doc__, output_dir="results/compile_qlora", **defaults):
+    """(options of a kind, TrainingArguments) of a command line, explained by a script's doc."""
     transformers = _import("transformers")
-    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
-    parser = transformers.HfArgumentParser(
-        (Options, transformers.TrainingArguments), description=first, epilog=usage
-    )
-
+    first, usage = doc.split("\n")[0], doc[doc.index("    python ") :]
+    kinds = kind, transformers.TrainingArguments
+    parser = transformers.HfArgumentParser(kinds, description=first, epilog=usage)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(output_dir="results/compile_qlora", report_to="none")
+    parser.set_defaults(output_dir=output_dir, report_to="none", **defaults)
     return parser.parse_args_into_dataclasses(argv)
 
 

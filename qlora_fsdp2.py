@@ -34,7 +34,6 @@ Two T4s were not at hand: README.md says what was done instead.
     torchrun ... --resume_from_checkpoint true         on as many GPUs or another number
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -297,9 +296,9 @@ def _check_options(options, args, world):
         ok = any(getattr(args, n, False) for n in compile_qlora.CHECKPOINTING) and options.compile
         _need(ok, "offload", True, "--gradient_checkpointing true and --compile true")
     if world.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(world.device)
-        ok = not args.bf16 or capability >= (8, 0)
-        _need(ok, "bf16", f"sm_{capability[0]}{capability[1]}", "--fp16 true")
+        major, minor = torch.cuda.get_device_capability(world.device)
+        ok = not args.bf16 or compile_qlora._half() == "bf16"
+        _need(ok, "bf16", f"sm_{major}{minor}", "--fp16 true")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,19 +475,17 @@ def _tensors(entry, source, dtype, device):
     """(tensors of an entry by name, its quantisation's numbers or None)."""
     bnb = _import("bitsandbytes").functional
     key = _key(entry, source)
-    if not entry.linear:
-        value = source.read(key)
+    value, ready = source.read(key), entry.linear and _state_key(key) in source
+    if not ready:
         ok = value.shape == entry.shape
         _need(ok, key, f"shape {tuple(value.shape)}", f"{tuple(entry.shape)} by the config")
+    if not entry.linear:
         return {"": value.to(dtype) if value.is_floating_point() else value}, None
-    if _state_key(key) in source:
+    if ready:
         names = [name for name in source.files if name.startswith(f"{key}.")]
-        packed = source.read(key).to(device).contiguous().view(torch.uint8)
+        packed = value.to(device).contiguous().view(torch.uint8)
         state = bnb.QuantState.from_dict({n: source.read(n) for n in names}, device)
     else:
-        value = source.read(key)
-        ok = value.shape == entry.shape
-        _need(ok, key, f"shape {tuple(value.shape)}", f"{tuple(entry.shape)} by the config")
         value = value.to(device).to(dtype).contiguous()
         packed, state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
     ok = tuple(state.shape) == tuple(entry.shape)
@@ -691,7 +688,7 @@ def _estimate(units, model, options, args, shards):
             base += int(entry.shape.numel() * 0.516)  # 4 bits and nested scales of blocks of 64
         else:
             base += 2 * entry.shape.numel()
-    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = _lora_weights(model)
     # float32: weights, gradients and two moments in pieces; gradients as accumulated
     beside = lora * (16 // shards + 4 * (args.gradient_accumulation_steps > 1))
     config = model.config.get_text_config()
@@ -718,6 +715,14 @@ def _free_bytes(options):
     return min(free, int(options.memory_cap_gib * GIB)) if options.memory_cap_gib else free
 
 
+def _trained(model) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _lora_weights(model) -> int:
+    return sum(p.numel() for p in _trained(model).values())
+
+
 class Loaded(NamedTuple):
     """A model ready to train, and what it took."""
 
@@ -731,6 +736,7 @@ class Loaded(NamedTuple):
     device_gib: float  # peak while loading
     base_bytes: int
     dtype: torch.dtype  # of the products
+    group: object  # the ranks that share out a parameter
 
 
 def load(path, options, args, dtype, world) -> Loaded:
@@ -740,10 +746,8 @@ def load(path, options, args, dtype, world) -> Loaded:
     begin, host = time.perf_counter(), _host_gib()
     compile_qlora.flex_attn.register()
     source = Source(path)
-    _need_quantised_by_bitsandbytes(path)
+    compile_qlora._config_of(path, options)
     model = _empty_model(path, dtype, world.device, "flex_attn")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", options.max_length)
-    _need(options.max_length <= most, "max_length", options.max_length, f"{most} at most: {path}")
     parts = [getattr(model.base_model, name, None) for name in ("layers", "norm", "rotary_emb")]
     found = f"a {type(model).__name__} without layers, norm or rotary_emb"
     _need(None not in parts, "model", found, "a Llama, Mistral, Qwen, Gemma or one built like them")
@@ -753,22 +757,14 @@ def load(path, options, args, dtype, world) -> Loaded:
         _reserve(unit, dtype, world.device)
     model.config.use_cache, model.is_loaded_in_4bit = False, True
     model.config.quantization_config = None
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.target_modules,
-        base_model_name_or_path=options.model or path,
-    )
+    lora = compile_qlora._lora_config(options, base_model_name_or_path=options.model or path)
     transformers.set_seed(args.seed)  # every rank draws the same LoRA weights
     model = peft.get_peft_model(model, lora)
     for unit in units:
         _as_buffers(unit)
     causal = model.get_base_model()
     causal.is_loaded_in_4bit = False  # accelerate would ask for a device map
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    outside = [name for name in trained if ".layers." not in name]
+    outside = [name for name in _trained(model) if ".layers." not in name]
     _need(not outside, "target_modules", outside[:1], "layers of the decoder blocks")
     shards = world.size // options.replicas
     base, why = options.base, "asked for"
@@ -804,18 +800,8 @@ def load(path, options, args, dtype, world) -> Loaded:
     seconds, tokenizer = time.perf_counter() - begin, compile_qlora._tokenizer(path)
     peak = _peak_gib() if world.device.type == "cuda" else 0.0
     grown = _host_gib() - host
-    return Loaded(model, tokenizer, units, base, why, seconds, grown, peak, total, dtype)
-
-
-def _need_quantised_by_bitsandbytes(path):
-    config = compile_qlora._causal_config(path)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        kind = quantised.get("quant_method")
-        ok = "bitsandbytes" in str(kind) and quantised.get("load_in_4bit", False)
-        need = "bitsandbytes' 4 bits, or 16-bit weights"
-        _need(ok, "model", f"weights quantised by {kind}", need)
+    group = how["mesh"].get_group("shard")
+    return Loaded(model, tokenizer, units, base, why, seconds, grown, peak, total, dtype, group)
 
 
 def _sharding(options, world, dtype):
@@ -1089,7 +1075,8 @@ def _trainer_class():
             self.labels = 0  # of this rank so far
             super().__init__(*args, **kwargs)
             # Looked up once: a visit to every module takes milliseconds, in which a GPU may idle
-            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.named = _trained(self.model)
+            self.trained = list(self.named.values())
             self.sharded = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
             _quicken(self.model, self.trained)
             self.model_accepts_loss_kwargs = True  # the loss divides by the tokens of all ranks
@@ -1185,12 +1172,9 @@ def _trainer_class():
 
         # Checkpoints
 
-        def named(self):
-            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
         def _save_checkpoint(self, model, trial):
             self.finish_saving()
-            world, names = self.world, self.named()
+            world, names = self.world, self.named
             final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             part = final.with_name(f"{final.name}.part")
             optimizer = self.optimizer.optimizer
@@ -1253,7 +1237,7 @@ def _trainer_class():
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is None:
                 return
-            world, names = self.world, self.named()
+            world, names = self.world, self.named
             run = json.loads((Path(checkpoint) / "run_state.json").read_text())
             batch, rows = _global_batch(self.args, world), len(self.train_dataset)
             need = f"{run['global_batch']} as in {checkpoint}: a step must take the same rows"
@@ -1311,8 +1295,8 @@ def _global_batch(args, world):
 
 def _rng_state(world):
     """This rank's random states, as tensors."""
-    version, numbers, gauss = random.getstate()
-    found = {"python": torch.tensor([version, *numbers, -1 if gauss is None else 0])}
+    version, numbers, _ = random.getstate()  # the last is gauss()'s alone
+    found = {"python": torch.tensor([version, *numbers])}
     found["torch"] = torch.get_rng_state()
     if world.device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -1322,7 +1306,7 @@ def _rng_state(world):
 def _set_rng_state(found):
     for key, value in found.items():
         if key.endswith(".python"):
-            version, *numbers, _ = value.tolist()
+            version, *numbers = value.tolist()
             random.setstate((version, tuple(numbers), None))
         elif key.endswith(".torch"):
             torch.set_rng_state(value)
@@ -1451,7 +1435,6 @@ def train(path, options, args, world, *, resume=None, profile_at=0, rows=None) -
     stack = "ours_compiled" if options.compile else "ours"
     how = {"checkpointing": checkpointing, "fixed": fixed, "backend": backend}
     compile_qlora.prepare(model, stack, options, **how)
-    mesh = _sharding(options, world, dtype)["mesh"]
     if world.first and save:
         for path_ in Path(args.output_dir).glob("checkpoint-*.part"):
             shutil.rmtree(path_)
@@ -1465,7 +1448,7 @@ def train(path, options, args, world, *, resume=None, profile_at=0, rows=None) -
         processing_class=tokenizer,
         callbacks=[watch],
         world=world,
-        group=mesh.get_group("shard"),
+        group=loaded.group,
         reshard=options.reshard_after_forward,
     )
     _voice.output_dir = args.output_dir
@@ -1521,7 +1504,7 @@ def _say_loaded(loaded, options, world):
         words += f", GPU peak {loaded.device_gib:.2f} GiB"
     print(f"base {loaded.base}: {loaded.why}", flush=True)
     print(f"  {words}; frozen {loaded.base_bytes / GIB:.2f} GiB in {len(loaded.units)} units")
-    lora = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    lora = _lora_weights(loaded.model)
     print(f"  LoRA {lora} weights, {lora * 4} bytes, sharded over {world.size // options.replicas}")
 
 
@@ -1533,11 +1516,10 @@ def save_adapter(model, folder, world):
     """adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them.
     Every rank must call it; the first writes."""
     full = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            value = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-            if world.first:
-                full[name] = value.cpu()
+    for name, p in _trained(model).items():
+        value = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        if world.first:
+            full[name] = value.cpu()
     if world.first:
         folder = Path(folder)
         part = folder / "adapter.part"
@@ -1684,7 +1666,7 @@ def worker(spec: dict, world) -> dict:
     peaks, hosts = [None] * world.size, [None] * world.size
     dist.all_gather_object(peaks, _device_peaks(world), group=world.gloo)
     dist.all_gather_object(hosts, run.loaded.host_gib, group=world.gloo)
-    lora = sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
+    lora = _lora_weights(run.trainer.model)
     compiled = getattr(run.trainer.model, "compiled_regions", None)
     return {
         "name": spec.get("name", ""),
@@ -1798,7 +1780,7 @@ SMALL = {"lora_r": 8, "lora_alpha": 16, "max_length": 96}
 ROWS = 45  # 11 steps of 4 rows, and one row: one rank has none in each epoch's last step
 
 
-def _spec(name="", path=None, steps=STEPS, size=2, accumulate=1, options=None, **more):
+def _spec(name="", path=None, steps=STEPS, accumulate=1, options=None, **more):
     args = BATCH | {"max_steps": steps, "gradient_accumulation_steps": accumulate}
     args |= {"torch_compile_backend": "aot_eager"} | more.pop("args", {})
     options = SMALL | {"compile": False} | (options or {})
@@ -1928,8 +1910,8 @@ def _sums(world, path, base):
                     for module, name in entry.places:
                         sum_ = _checksum(module._buffers[name])
                         assert found.setdefault(entry.keys[0], sum_) == sum_, entry.keys
-    trained = {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
-    lora = {n: p.detach().full_tensor().double().sum().item() for n, p in trained.items()}
+    trained = _trained(loaded.model).items()
+    lora = {n: p.detach().full_tensor().double().sum().item() for n, p in trained}
     others = [None] * world.size
     dist.all_gather_object(others, found, group=world.gloo)
     assert all(other == found for other in others)
@@ -2708,11 +2690,9 @@ def _bench_70b(folder, count, go):
 def bench_cpu(results) -> dict:
     """Two gloo ranks on this CPU: the small model, ways to shard it."""
     path = _checkpoint("small", dtype=torch.bfloat16)
-    specs = []
-    for name, options in (("replicate", {}), ("shard", {"base": "shard"})):
-        how = {"name": f"small, 2 CPU ranks, {name}", "args": {"logging_steps": 1}}
-        specs.append(_spec(path=path, steps=12, options=options) | how)
-        specs[-1]["args"] = _spec(steps=12)["args"] | {"logging_steps": 1}
+    make = functools.partial(_spec, path=path, steps=12, args={"logging_steps": 1})
+    names = {base: f"small, 2 CPU ranks, {base}" for base in ("replicate", "shard")}
+    specs = [make(name, options={"base": base}) for base, name in names.items()]
     results["runs"] = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
     for run in results["runs"]:
         _say_result(run)
@@ -2737,15 +2717,9 @@ def _self_test() -> tuple[int, int]:
 
 
 def _parse(argv):
-    transformers = _import("transformers")
-    first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
-    parser = transformers.HfArgumentParser(
-        (Options, transformers.TrainingArguments), description=first, epilog=usage
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(output_dir="results/qlora_fsdp2", report_to="none")
-    parser.set_defaults(logging_nan_inf_filter=False)  # which waits for the GPU each micro-batch
-    return parser.parse_args_into_dataclasses(argv)
+    # The filter of logged losses waits for the GPU in each micro-batch
+    how = {"output_dir": "results/qlora_fsdp2", "logging_nan_inf_filter": False}
+    return compile_qlora._parse(argv, Options, __doc__, **how)
 
 
 def _header(device, seed):
@@ -2797,7 +2771,7 @@ def _train(options, args, world) -> dict:
     if options.merge:
         half = torch.float16 if args.fp16 else torch.bfloat16
         save_merged(run.loaded, path, Path(args.output_dir) / "merged", half, world)
-    lora = sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
+    lora = _lora_weights(run.trainer.model)
     if world.first:
         print(_say_traffic(run.traffic, lora * 4))
         compiled = getattr(run.trainer.model, "compiled_regions", None)
