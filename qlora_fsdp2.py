@@ -2626,6 +2626,9 @@ def bench_gpu(results, sizes) -> dict:
         found.extend(made[id(s)] for s in specs)
         return [made[id(s)] for s in specs]
 
+    def ours():
+        return [r for r in found if r["name"] == f"8B, {count} GPUs" and "error" not in r]
+
     try:
         if "parity" in sizes:
             _bench_parity(folder, count, go)
@@ -2642,18 +2645,18 @@ def bench_gpu(results, sizes) -> dict:
                 head["scaling"] = more[0] / one
         if "shard" in sizes and count > 1:
             options = {"base": "shard", "reshard_after_forward": True}
-            go(timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3))
+            shard = timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3)
+            _say_apart(ours() + go(shard), 0)
         if "peers" in sizes and count > 1:
             wanted = os.environ.get("QLORA_FSDP2_PEERS", ",".join(PEERS)).split(",")
             found_one = importlib.util.find_spec("unsloth")
             names = [n for n in PEERS if n in wanted and (n[:2] == "hf" or found_one)]
             specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in names]
             rates = {r["name"]: r["tokens_per_s"] for r in go(*specs) if "error" not in r}
-            ours = [r for r in found if r["name"] == f"8B, {count} GPUs" and "error" not in r]
-            if rates and ours:
+            if rates and ours():
                 best = max(rates, key=rates.get)
                 words = re.sub(r"\W+", "_", best)
-                head[f"8b_vs_{words}"] = ours[0]["tokens_per_s"] / rates[best]
+                head[f"8b_vs_{words}"] = ours()[0]["tokens_per_s"] / rates[best]
         if "t4" in sizes:
             half = {"fp16": True, "bf16": False}
             capped = {"options": {"memory_cap_gib": 15.0}, "args": half, "timed": {"steps": 8}}
@@ -2737,11 +2740,12 @@ def _bench_70b(folder, count, go):
         specs = []
         for name, options in ways.items():
             lora = {"lora_r": rank, "lora_alpha": 2 * rank}
-            how = {"options": options | lora, "timed": {"steps": 6}}
+            how = {"options": options | lora, "timed": {"steps": 8}}
             if rank == 32 and name == "shard, 48 GiB":
-                how |= {"timed": {"steps": 8}, "profile_at": 2}  # before those whose median counts
+                how["profile_at"] = 2  # before the steps whose median counts
             specs.append(_timed(f"70B r={rank}, {name}", path, 128000, count, accumulate=1, **how))
         whole, *others = go(*specs)
+        _say_apart([whole, *others], 0)
         for run in others:
             if "peak_gib" in run and "peak_gib" in whole:
                 share = run["peak_gib"] / whole["peak_gib"]
