@@ -1355,12 +1355,14 @@ def _callback_class():
             first = state.global_step - self.begin
             if first == 1:
                 self.traffic.__enter__()
-            if self.profile_at and first == self.profile_at:
+            if self.profile_at and first == self.profile_at - 1:
                 from torch.profiler import ProfilerActivity, profile
 
-                torch.cuda.synchronize()
                 self.profiler = profile(activities=[ProfilerActivity.CUDA])
-                self.profiler.__enter__()
+                self.profiler.prepare_trace()  # the first step under it is slowed: not recorded
+            if self.profiler and first == self.profile_at:
+                torch.cuda.synchronize()
+                self.profiler.start_trace()
                 dist.barrier(group=self.trainer_of().world.gloo)  # its start takes a while
 
         def on_step_end(self, args, state, control, **_):
@@ -1370,8 +1372,8 @@ def _callback_class():
                 self.traffic.__exit__()
             if trainer.world.device.type == "cuda" and (args.logging_steps == 1 or self.profiler):
                 torch.cuda.synchronize()
-            if self.profiler is not None:
-                self.profiler.__exit__(None, None, None)
+            if self.profiler and first > self.profile_at:
+                self.profiler.stop_trace()
                 self.exposed, self.groups = _exposed(self.profiler), _groups(self.profiler)
                 self.profiler = None
             trainer.end_step()
@@ -1402,7 +1404,8 @@ def _exposed(profiler) -> dict[str, float]:
 
 def _groups(profiler) -> dict[str, float]:
     """Milliseconds of a profiled step by group of kernels."""
-    kinds = {"communication": r"(?i)nccl", **compile_qlora.GROUPS_OF_KERNELS}
+    kinds = {"communication": r"(?i)nccl", "copies to gather": r"multi_tensor.*Copy"}
+    kinds |= compile_qlora.GROUPS_OF_KERNELS
     found = collections.Counter()
     for event in profiler.key_averages():
         names = (kind for kind, pattern in kinds.items() if re.search(pattern, event.key))
@@ -1684,9 +1687,10 @@ def worker(spec: dict, world) -> dict:
         save_adapter(run.trainer.model, spec["adapter"], world)
     if spec.get("merged"):
         save_merged(run.loaded, spec["path"], spec["merged"], torch.float32, world)
-    peaks, hosts = [None] * world.size, [None] * world.size
-    dist.all_gather_object(peaks, _device_peaks(world), group=world.gloo)
-    dist.all_gather_object(hosts, run.loaded.host_gib, group=world.gloo)
+    ranks = [None] * world.size
+    mine = *_device_peaks(world), run.loaded.host_gib, run.exposed
+    dist.all_gather_object(ranks, mine, group=world.gloo)
+    peaks, devices, hosts, exposed = zip(*ranks, strict=True)
     lora = _lora_weights(run.trainer.model)
     compiled = getattr(run.trainer.model, "compiled_regions", None)
     return {
@@ -1694,15 +1698,15 @@ def worker(spec: dict, world) -> dict:
         "losses": run.losses,
         "step_s": run.step_s,
         "tokens_per_s": run.tokens_per_s,
-        "peak_gib": max(peak for peak, _ in peaks),
-        "device_gib": max(used for _, used in peaks),
+        "peak_gib": max(peaks),
+        "device_gib": max(devices),
         "base": run.loaded.base,
         "base_gib": run.loaded.base_bytes / GIB,
         "load_s": run.loaded.seconds,
         "load_host_gib": max(hosts),
         "load_device_gib": run.loaded.device_gib,
         "traffic": run.traffic,
-        "exposed": run.exposed,
+        "exposed": exposed,
         "groups": run.groups,
         "lora_bytes": lora * 4,
         "graphs": len(compiled.graphs()) if compiled else 0,
@@ -2587,9 +2591,10 @@ def _say_result(r):
         words += f"+{r['load_host_gib']:.2f} GiB, GPU peak {r['load_device_gib']:.2f} GiB; "
         lines.append(f"    {words}all of PyTorch on a GPU {r['device_gib']:.2f} GiB")
         lines.append("    " + _say_traffic(r["traffic"], r["lora_bytes"]))
-    if e := r.get("exposed"):
-        words = f"{e['ms']:.1f} ms; communication alone {100 * e['exposed']:.2f}%, "
-        words += f"nothing {100 * e['idle']:.2f}%; by kernels: "
+    if any(by_rank := r.get("exposed", ())):
+        share = lambda key: " ".join(f"{100 * e[key]:.2f}%" for e in by_rank)
+        words = f"{by_rank[0]['ms']:.1f} ms; rank by rank, communication alone "
+        words += f"{share('exposed')}, nothing {share('idle')}; by kernels: "
         words += ", ".join(f"{k} {ms:.1f}" for k, ms in r["groups"].items())
         lines.append(f"    a profiled step {words}")
     print("\n".join(lines), flush=True)
@@ -2637,12 +2642,13 @@ def bench_gpu(results, sizes) -> dict:
             torch.cuda.empty_cache()
             timed = functools.partial(_timed, path=path, vocab=128000)
         if "8b" in sizes:
-            specs = [timed("8B, 1 GPU", ranks=1, profile_at=3)]
+            # each GPU by itself, side by side: ranks wait for the slowest of them
+            specs = [timed(f"8B, GPU {i} by itself", ranks=1, profile_at=3) for i in range(count)]
             if count > 1:
                 specs.append(timed(f"8B, {count} GPUs", ranks=count, profile_at=3))
-            one, *more = (r.get("tokens_per_s", math.nan) for r in go(*specs))
-            if more:
-                head["scaling"] = more[0] / one
+            *ones, last = (r.get("tokens_per_s", math.nan) for r in go(*specs))
+            if ones:
+                head["scaling"] = last / statistics.mean(ones)
         if "shard" in sizes and count > 1:
             options = {"base": "shard", "reshard_after_forward": True}
             shard = timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3)
