@@ -1424,7 +1424,7 @@ def _union(spans):
 
 
 class Run(NamedTuple):
-    """What training gave; the same on every rank, but for memory."""
+    """What training gave; the same on every rank, but for memory and the profile."""
 
     losses: list[float]  # of the last 10,000 optimizer steps, over all ranks' tokens
     step_s: list[float]
