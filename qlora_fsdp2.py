@@ -1374,7 +1374,8 @@ def _callback_class():
                 torch.cuda.synchronize()
             if self.profiler and first > self.profile_at:
                 self.profiler.stop_trace()
-                self.exposed, self.groups = _exposed(self.profiler), _groups(self.profiler)
+                self.exposed = _exposed(self.profiler)
+                self.groups = compile_qlora._groups(self.profiler, GROUPS_OF_KERNELS)
                 self.profiler = None
             trainer.end_step()
             self.times.append(time.perf_counter())
@@ -1384,6 +1385,13 @@ def _callback_class():
             self.trainer_of().finish_saving()
 
     return Watch
+
+
+GROUPS_OF_KERNELS = {
+    "communication": r"(?i)nccl",
+    "copies to gather": r"multi_tensor.*Copy",
+    **compile_qlora.GROUPS_OF_KERNELS,
+}
 
 
 def _exposed(profiler) -> dict[str, float]:
@@ -1400,17 +1408,6 @@ def _exposed(profiler) -> dict[str, float]:
     whole = last - first
     alone, busy = length(every) - length(compute), length(every)
     return {"ms": whole / 1e3, "exposed": alone / whole, "idle": 1 - busy / whole}
-
-
-def _groups(profiler) -> dict[str, float]:
-    """Milliseconds of a profiled step by group of kernels."""
-    kinds = {"communication": r"(?i)nccl", "copies to gather": r"multi_tensor.*Copy"}
-    kinds |= compile_qlora.GROUPS_OF_KERNELS
-    found = collections.Counter()
-    for event in profiler.key_averages():
-        names = (kind for kind, pattern in kinds.items() if re.search(pattern, event.key))
-        found[next(names, "other")] += event.self_device_time_total / 1e3
-    return {kind: ms for kind, ms in found.most_common() if ms > 0}
 
 
 def _union(spans):
