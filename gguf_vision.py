@@ -47,6 +47,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import unicodedata
 import unittest
@@ -750,21 +751,15 @@ def _preprocessor(directory) -> dict:
 # word that is a token skips the merges. Compared by what they do to PROBE, see _pre.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKS = _REST.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}")
+_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ONE = r"[^\r\n\p{L}\p{N}]?"
 PRE = {
     "llama-bpe": (rf"{_CONTRACTION}|{_ONE}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}", True),
     "qwen2": (rf"{_CONTRACTION}|{_ONE}\p{{L}}+|\p{{N}}|{_REST}", False),
-    "qwen35": (
-        rf"{_CONTRACTION}|{_ONE}[\p{{L}}\p{{M}}]+|\p{{N}}"
-        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        False,
-    ),
-    "tekken": (
-        rf"{_ONE}{_UPPER}*{_LOWER}+|{_ONE}{_UPPER}+{_LOWER}*|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        True,
-    ),
+    "qwen35": (rf"{_CONTRACTION}|{_ONE}[\p{{L}}\p{{M}}]+|\p{{N}}|{_MARKS}", False),
+    "tekken": (rf"{_ONE}{_UPPER}*{_LOWER}+|{_ONE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASH}", True),
     "gpt-2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", False),
 }
 PROBE = (
@@ -799,7 +794,7 @@ def _pre(spec) -> list[str]:
 def _sentencepiece_scores(path) -> dict[str, float]:
     """Scores of the pieces in a sentencepiece tokenizer.model (protobuf: field 1 is a piece, whose
     own fields are 1, its text, and 2, its score as a float32)."""
-    data, at, scores = path.read_bytes(), 0, {}
+    data, scores = path.read_bytes(), {}
 
     def number(at):
         value = shift = 0
@@ -821,9 +816,9 @@ def _sentencepiece_scores(path) -> dict[str, float]:
             at += size
 
     try:
-        for piece, at, end in fields(at, len(data)):
-            if piece == 1:
-                parts = {k: data[a:b] for k, a, b in fields(at, end)}
+        for kind, start, end in fields(0, len(data)):
+            if kind == 1:
+                parts = {k: data[a:b] for k, a, b in fields(start, end)}
                 score = struct.unpack("<f", parts[2])[0] if 2 in parts else 0.0
                 scores[parts.get(1, b"").decode()] = score
     except (IndexError, struct.error, UnicodeDecodeError) as error:
@@ -931,6 +926,9 @@ def _tokenizer_keys(w, tokenizer, directory, size, pre=None) -> None:
         w.add_token_scores([scores.get(t, 0.0) for t in names])
         w.add_add_space_prefix(space)
     w.add_token_types(kinds)
+    strips = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
+    found = f"{', '.join(strips[:3])}, which take the spaces beside them"
+    _need(pre or not strips, "tokenizer", found, "--pre to write it all the same")
     for name in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:
@@ -1062,12 +1060,13 @@ def _local(model) -> Path:
     """A checkpoint's directory: the path given, or a hub id fetched by huggingface_hub."""
     if Path(model).is_dir():
         return Path(model)
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError as HTTPError
 
+    try:
         kinds = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
         return Path(snapshot_download(str(model), allow_patterns=kinds))
-    except Exception as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = type(error).__name__
         found = f"no such directory, and no answer from the hub ({reason})"
         raise ValueError(f"{model}: {found}: need a local directory with a checkpoint") from None
@@ -1136,7 +1135,7 @@ def _source(model, adapter, processor, scratch):
         _need(ok, "quantization_config", f"{kind}, not 4-bit bitsandbytes", "bitsandbytes 4-bit")
         state = _checkpoint(directory)
     if adapter is not None:
-        adapter = Path(adapter)
+        adapter = _local(adapter)
         found = (adapter / "adapter_config.json").exists()
         _need(found, adapter, "no adapter_config.json", "a directory that PEFT saved")
         adapter_config = _json(adapter / "adapter_config.json")
@@ -1236,6 +1235,10 @@ def export_gguf(
         except (ValueError, OSError, KeyError, TypeError) as error:
             words = " ".join(str(error).split())[:160]
             raise ValueError(f"{directory}: found no tokenizer that loads: {words}") from None
+        for end in ("start", "end") if config.model_type != "llava" else ():
+            token, need = f"<|vision_{end}|>", getattr(config, f"vision_{end}_token_id")
+            found = tokenizer.convert_tokens_to_ids(token)
+            _need(found == need, f"tokenizer: {token}", f"id {found}", f"{need}: mtmd writes it")
         name = name or found_name
         try:
             kind, file_type = DTYPES[dtype]
@@ -1257,9 +1260,11 @@ def export_gguf(
             _need(free > total, out, found, f"{total / GIB:.2f} GiB for the two files")
             quiet = report is not None or not sys.stderr.isatty()
             options = {"unit": "B", "unit_scale": True, "disable": quiet, "desc": name}
+            start = time.perf_counter()
             with tqdm(total=total, **options) as bar:
                 for file in files:
                     file.write(bar)
+            seconds = time.perf_counter() - start
             for file in files:
                 os.replace(file.part, file.path)
         except BaseException as error:
@@ -1270,6 +1275,7 @@ def export_gguf(
             raise
     lora = f", {merged} LoRA modules merged in float32, {replaced} tensors replaced"
     counts = f"{len(plan.text)} + {len(plan.vision)} tensors, {total / GIB:.2f} GiB"
+    counts += f" in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
     say(f"gguf_vision: wrote {counts}{lora if parts is not None else ''}")
     reasons = {}
     for key, why in plan.left_out.items():
@@ -1352,6 +1358,8 @@ class Prompts:
         return square
 
     def render(self, messages, generate=False) -> str:
+        listed = lambda c: [{"type": "text", "text": c}] if isinstance(c, str) else c
+        messages = [m | {"content": listed(m["content"])} for m in messages]  # LLaVA's wants lists
         options = {"add_generation_prompt": generate, "chat_template": self.template}
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
@@ -1361,7 +1369,7 @@ class Prompts:
         return [self.fit(image) for image in images]
 
     def _spans(self, messages, text) -> list[tuple[int, int]]:
-        """Where the assistant's words lie in a rendered conversation, ends included."""
+        """Where the assistant's words lie in a rendered conversation, their end token included."""
         spans = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -1377,11 +1385,14 @@ class Prompts:
         """One conversation: input_ids and labels (lists; labels IGNORE but on the assistant's
         words), and of its pictures, if any, pixel_values and (Qwen) image_grid_thw."""
         text, images = self.render(messages, generate), self.pictures(messages)
+        spans, end = self._spans(messages, text), self.tokenizer.eos_token
+        if spans and not generate and end and not text.rstrip().endswith(end):
+            text = text.rstrip() + end  # LLaVA's template has no end, but a model has to learn it
+            spans[-1] = spans[-1][0], len(text)
         begins = self.tokenizer.bos_token or "\0"
         special = not text.startswith(begins)
         row = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        spans, out = self._spans(messages, text), {}
-        counts = []
+        out, counts = {}, []
         if images:
             options = {} if not self.llava else {"do_center_crop": False}
             pixels = self.processor(images=images, do_resize=False, return_tensors="pt", **options)
@@ -1445,7 +1456,7 @@ def load_prompts(directory, image_max_tokens=None) -> Prompts:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     config, tokenizer = _config(directory), AutoTokenizer.from_pretrained(directory)
-    processor = AutoImageProcessor.from_pretrained(directory)
+    processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
     template = _chat_template(tokenizer, directory)
     return Prompts(config, tokenizer, processor, image_max_tokens, template)
 
@@ -1589,7 +1600,14 @@ def finetune(directory, rows, args, *, image_max_tokens=None, lora_r=16, four_bi
     if gpu and not (args.bf16 or args.fp16):
         args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     trainer = transformers.Trainer(model, args, Collator(prompts), rows)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
     trainer.train()
+    seconds, peak = time.perf_counter() - start, ""
+    if gpu:
+        peak = f", peak {torch.cuda.max_memory_allocated() / GIB:.2f} GiB"
+    print(f"gguf_vision: {trainer.state.global_step} steps in {seconds:.1f} s{peak}")
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     return model, prompts, losses
 
@@ -2255,7 +2273,6 @@ CASES = {  # what the tests go through: family, tokenizer, options of the config
     "Qwen2.5-VL": ("qwen2_5_vl", "qwen2", {}),
     "Qwen3-VL": ("qwen3_vl", "qwen2", {}),
 }  # fmt: skip
-OUTPUTS = []  # of a failed child, for the message
 
 
 @contextlib.contextmanager
@@ -2573,7 +2590,7 @@ def test_adapters_that_do_not_fit_are_refused():
 def test_tied_embeddings_and_heads():
     with _work() as work:
         model = _save(work / "model", "qwen2_vl", "qwen2", tie_word_embeddings=True)
-        text, _, lines = _quiet(work / "model", work / "out", dtype="f32")
+        text, _, _ = _quiet(work / "model", work / "out", dtype="f32")
         assert "output.weight" not in _read(text)[1]
         _quiet(model, work / "live", processor=_Files(work / "model"))
         _adapter(work / "adapter", model, target_modules=["lm_head", "q_proj"])
@@ -3238,7 +3255,7 @@ def test_batches_mix_rows_with_and_without_pictures():
                 before = prompts.tokenizer.decode(batch["input_ids"][i][:first])
                 assert before.endswith(("assistant\n", "ASSISTANT:")), before[-30:]
 
-            def backward(batch, weight=1.0):
+            def backward(batch, weight=1.0, model=model):
                 model.zero_grad()
                 loss = model(**batch).loss
                 (loss * weight).backward()
@@ -3287,8 +3304,21 @@ def test_conversations_of_several_turns():
         row = prompts.encode(turns)
         kept = prompts.tokenizer.decode([t for t in row["labels"] if t != IGNORE])
         assert kept == "First answer<|im_end|>Second answer<|im_end|>", kept
-        prompts.template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last }}")
+        prompts.template = CHATML.replace(
+            "{{ c['text'] }}", "{{ c['text'] if messages|length > 3 }}"
+        )
         _raises(ValueError, "renders earlier turns otherwise", prompts.encode, turns)
+        # As LLaVA's own template: pictures first, lists only, no end after an answer
+        prompts.template = (
+            "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | "
+            "selectattr('type', 'equalto', 'image') %}{{ '<|vision_start|><|image_pad|>"
+            "<|vision_end|>' }}{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', "
+            "'text') %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+        )
+        kept = [t for t in prompts.encode(turns)["labels"] if t != IGNORE]
+        kept = prompts.tokenizer.decode(kept)
+        assert kept == " First answer  Second answer<|im_end|>", kept
         path, picture = work / "rows.jsonl", work / "a.png"
         image.save(picture)
         turns[0]["content"][0]["image"] = "a.png"
@@ -3519,32 +3549,42 @@ base, start = peak(), time.perf_counter()
 print("MEASURED " + json.dumps([time.perf_counter() - start, peak(), base]))
 """
 OURS = (
-    "import gguf_vision as g, transformers\nfrom transformers import AutoModelForImageTextToText",
+    "import gguf_vision as g, transformers; transformers.Qwen2VLForConditionalGeneration",
     "g.export_gguf(sys.argv[2], sys.argv[3], dtype=sys.argv[4], report=lambda _: None)",
 )
 COPY = (
-    "import os",
-    "os.makedirs(sys.argv[3], exist_ok=True)\n"
-    "import glob\n"
-    "for path in sorted(glob.glob(sys.argv[2] + '/*.safetensors')):\n"
-    "    out = open(sys.argv[3] + '/' + os.path.basename(path), 'wb')\n"
-    "    with open(path, 'rb', buffering=0) as file:\n"
-    "        while data := file.read(16 << 20):\n"
-    "            out.write(data)\n"
-    "    out.flush(); os.fsync(out.fileno()); out.close()",
+    "import os; from pathlib import Path",
+    """
+out = Path(sys.argv[3])
+out.mkdir()
+for path in sorted(Path(sys.argv[2]).glob("*.safetensors")):
+    with open(path, "rb", buffering=0) as file, open(out / path.name, "wb", buffering=0) as copy:
+        while data := file.read(16 << 20):
+            copy.write(data)
+        os.fsync(copy.fileno())
+""",
 )
-
-
 # llama.cpp's converter knows a tokenizer by a hash of its real vocabulary; this one's is made up
 CONVERTER = (
-    "import logging\nfrom pathlib import Path\nimport transformers\nsys.path.insert(0, sys.argv[5])\n"
-    "import convert_hf_to_gguf as c\nfrom conversion import base\n"
-    "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2'",
-    "model, out, dtype = sys.argv[2:5]\n"
-    "Path(out).mkdir(exist_ok=True)\n"
-    "for name, more in (('text', []), ('mmproj', ['--mmproj'])):\n"
-    "    sys.argv[1:] = [model, '--outtype', dtype, '--outfile', f'{out}/{name}.gguf', *more]\n"
-    "    c.main()",
+    """
+import os, logging, torch, transformers
+from pathlib import Path
+sys.path.insert(0, sys.argv[5])
+import convert_hf_to_gguf
+from conversion import base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+transformers.AutoTokenizer
+""",
+    """
+model, out, dtype = sys.argv[2:5]
+Path(out).mkdir()
+for name, more in (("text", []), ("mmproj", ["--mmproj"])):
+    path = f"{out}/{name}.gguf"
+    sys.argv[1:] = [model, "--outtype", dtype, "--outfile", path, *more]
+    convert_hf_to_gguf.main()
+    with open(path, "rb") as file:  # as the others do
+        os.fsync(file.fileno())
+""",
 )
 
 
@@ -3552,6 +3592,7 @@ def _measured(kind, *argv):
     """(seconds, peak bytes, bytes before it began) of one way, in a process of its own."""
     setup, run = kind
     code = MEASURED.format(setup=setup, run=run)
+    os.sync()  # or the disk is still busy with what was written before
     here = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-c", code, here, *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -3578,25 +3619,22 @@ def bench_export(results, sizes, converter=None) -> dict:
             _need(free > need, d, f"{free:.0f} GiB free", f"{need:.0f} for {size} (or TMPDIR=)")
             total = write_random(work / "model", size)
             largest = max(math.prod(t.shape) * 2 for t in _checkpoint(work / "model").values())
-            rows, times = {}, {"copy": [], "export": []}
-            for turn in range(3):  # in turns; the first warms the page cache
-                for name, way in (("copy", COPY), ("export", OURS)):
-                    out = work / name
-                    seconds, peak, base = _measured(way, work / "model", out, "f16")
+            ways = {"copy": COPY, "export": OURS}
+            if converter:
+                ways["converter"] = CONVERTER
+            rows, times, turns = {}, {name: [] for name in ways}, 3
+            for turn in range(turns):
+                for name, way in ways.items():
+                    more = [converter] if way is CONVERTER else []
+                    seconds, peak, base = _measured(way, work / "model", work / name, "f16", *more)
                     times[name].append(seconds)
                     rows[name] = {"peak_gib": peak / GIB, "imports_gib": base / GIB}
-                    if turn < 2 or name == "copy":
-                        shutil.rmtree(out)
-            for name in times:
-                rows[name]["seconds"] = statistics.median(times[name])
-                rows[name]["gb_per_s"] = total / statistics.median(times[name]) / 1e9
+                    if turn < turns - 1 or way is COPY:
+                        shutil.rmtree(work / name)
+            for name, row in rows.items():
+                row["seconds"] = statistics.median(times[name])
+                row["gb_per_s"] = total / row["seconds"] / 1e9
             if converter:
-                seconds, peak, base = _measured(
-                    CONVERTER, work / "model", work / "converter", "f16", converter
-                )
-                rows["llama.cpp's converter"] = {
-                    "seconds": seconds, "gb_per_s": total / seconds / 1e9,
-                    "peak_gib": peak / GIB, "imports_gib": base / GIB}  # fmt: skip
                 rows["tensors_equal"] = _same_tensors(work / "export", work / "converter")
             print(
                 f"{size}: {total / GIB:.2f} GiB in float16, largest tensor {largest / GIB:.2f} GiB"
