@@ -387,9 +387,8 @@ def _merge(weights, adapter, config, family, live=False):
     for name, weight in adapter.items():
         name = re.sub(r"\.default(?=\.|$)", "", name)
         if match := LORA.match(name):
-            part = (
-                match[5] or f"{match[2] or 'embedding_' + match[4]}{'.bias' * (match[3] == 'bias')}"
-            )
+            part = match[5] or match[2] or f"embedding_{match[4]}"
+            part += ".bias" if match[3] == "bias" else ""
             loras.setdefault(match[1], {})[part] = weight
         else:
             copies[re.sub(r"\.(modules_to_save|base_layer|original_module)\.", ".", name)] = weight
@@ -570,9 +569,8 @@ def _plan(config, weights) -> Plan:
         else:
             vision[target] = weight
     if family == "llava":
-        for layer, rows in ((0, text_config.hidden_size), (2, text_config.hidden_size)):
-            if f"mm.{layer}.weight" in vision:  # llama.cpp adds a bias always
-                vision.setdefault(f"mm.{layer}.bias", Live(f"mm.{layer}.bias", torch.zeros(rows)))
+        for name in ("mm.0.bias", "mm.2.bias"):  # which llama.cpp adds always
+            vision.setdefault(name, Live(name, torch.zeros(text_config.hidden_size)))
     return Plan(text, vision, left_out)
 
 
@@ -597,6 +595,8 @@ def _check(config) -> None:
         getattr(text, "layer_types", None) or []
     )
     _need(not windowed, "use_sliding_window", True, "false: llama.cpp has no windows for it")
+    biased = text.model_type.startswith("qwen3") and getattr(text, "attention_bias", False)
+    _need(not biased, "attention_bias with Qwen3", True, "false: llama.cpp has no such biases")
     if family == "llava":
         towers = {"clip_vision_model": "default", "siglip_vision_model": "full"}
         _need(vision.model_type in towers, "vision tower", vision.model_type, " or ".join(towers))
@@ -713,11 +713,8 @@ def _vision_keys(w, config, name, processor) -> None:
         if vision.hidden_act != "quick_gelu":
             w.add_vision_use_gelu(True)
         return
-    w.add_clip_projector_type(
-        {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger"}.get(
-            family, "qwen3vl_merger"
-        )
-    )
+    version = family.removeprefix("qwen").removesuffix("_vl").replace("_", ".")
+    w.add_clip_projector_type(f"qwen{version}vl_merger")
     w.add_vision_block_count(vision.depth)
     w.add_vision_spatial_merge_size(vision.spatial_merge_size)
     w.add_vision_attention_layernorm_eps(1e-6)  # a constant of all three in transformers
@@ -738,7 +735,7 @@ def _preprocessor(directory) -> dict:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).exists():
             found = _json(directory / name)
-            found = found | found.get("image_processor", {})
+            found = found | (found.get("image_processor") or {})
             if "image_mean" in found and "image_std" in found:
                 return {k: [float(x) for x in found[k]] for k in ("image_mean", "image_std")}
     need = "preprocessor_config.json with image_mean and image_std"
@@ -916,11 +913,9 @@ def _tokenizer_keys(w, tokenizer, directory, size, pre=None) -> None:
         mine = _spm_encode(("\u2581" if space else "") + text.replace(" ", "\u2581"), scores)
         theirs = [tokens[i] for i in tokenizer(text, add_special_tokens=False).input_ids]
         same = mine == theirs and (space == again or not special)
-        found = (
-            "pieces that llama.cpp would join otherwise"
-            if mine != theirs
-            else ("no space added after a special token, where llama.cpp adds one")
-        )
+        found = "no space added after a special token, where llama.cpp adds one"
+        if mine != theirs:
+            found = "pieces that llama.cpp would join otherwise"
         _need(pre or same, "tokenizer", found, "--pre default to write it all the same")
         w.add_tokenizer_model("llama")
         w.add_tokenizer_pre(pre or "default")
@@ -1017,7 +1012,7 @@ def _ahead(items) -> Iterator:
 
 
 class _File:
-    """One GGUF file to be written: under a temporary name until `commit`."""
+    """One GGUF file to be written, to path.part; whoever has them all renames them."""
 
     def __init__(self, path, arch, tensors, dtype, file_type):
         self.path, self.part = path, path.with_name(path.name + ".part")
@@ -1314,11 +1309,11 @@ def fit_size(width, height, factor, least, most) -> tuple[int, int]:
     if w * h > most:
         beta = scale / math.sqrt(most)
         w, h = (max(1, math.floor(x / beta / factor)) for x in (width, height))
-        while w * h > most:  # a side of less than one square became one
-            w, h = (w - 1, h) if w > h else (w, h - 1)
     elif w * h < least:
         beta = math.sqrt(least) / scale
         w, h = (math.ceil(x * beta / factor) for x in (width, height))
+    while w * h > most:  # a side of less than one square became one
+        w, h = (w - 1, h) if w > h else (w, h - 1)
     return w * factor, h * factor
 
 
@@ -1347,8 +1342,8 @@ class Prompts:
         else:
             self.factor = vision.patch_size * vision.spatial_merge_size
             self.most = min(image_max_tokens or 1280, 4096)
-            need = "at least 8, llama.cpp's least"
-            _need(self.most >= 8, "image-max-tokens", image_max_tokens, need)
+            need = "at least 16: llama.cpp makes smaller pictures larger"
+            _need(self.most >= 16, "image-max-tokens", image_max_tokens, need)
 
     def fit(self, image):
         """A picture as both transformers and llama.cpp take it: RGB, in a size that neither
@@ -2305,6 +2300,10 @@ CASES = {  # what the tests go through: family, tokenizer, options of the config
 }  # fmt: skip
 
 
+# Rows of whole blocks of 64, which bitsandbytes' CPU code wants
+WHOLE_BLOCKS = {"wide": 4, "vision": {"hidden_size": 192, "intermediate_size": 448}}
+
+
 @contextlib.contextmanager
 def _work():
     """A directory for a test; transformers' bars and words off."""
@@ -2678,14 +2677,7 @@ def test_four_bit_checkpoints_and_live_models():
 
     for family, kind in (("qwen2_5_vl", "qwen2"), ("llava", "spm")):
         with _work() as work:
-            # whole blocks of 64 in each row: bitsandbytes' CPU code wants that
-            _save(
-                work / "model",
-                family,
-                kind,
-                wide=4,
-                vision={"hidden_size": 192, "intermediate_size": 448},
-            )
+            _save(work / "model", family, kind, **WHOLE_BLOCKS)
             nf4 = {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": "nf4",
@@ -2907,6 +2899,7 @@ def test_checkpoints_that_are_broken():
         ({"vision_feature_select_strategy": "full"}, "found full, need default"),
         ({"projector_hidden_act": "relu"}, "found relu, need gelu"),
         ({"vision_feature_layer": [3, 1]}, "layers in ascending order"),
+        ({"decoder": "qwen3", "text": {"attention_bias": True}}, "attention_bias with Qwen3"),
         ({"vision": {"intermediate_size": 48}}, "would swap fc1 and fc2"),
     ):
         if "vision_feature_select_strategy" in options:
@@ -3260,6 +3253,11 @@ def test_pictures_are_fitted_as_qwen_fits_them():
         w, h = fit_size(width, height, factor, 4, most)
         assert w % factor == h % factor == 0 and w * h <= most * factor**2, (width, height, w, h)
         assert fit_size(w, h, factor, 4, most) == (w, h)
+        if most >= 16:  # as `Prompts` asks for it: within llama.cpp's own limits
+            fitted = fit_size(width, height, factor, 8, most)
+            tokens = math.prod(fitted) // factor**2
+            assert 8 <= tokens <= most, (width, height, fitted)
+            assert fit_size(*fitted, factor, 8, most) == fitted
         if min(width, height) < factor or most < 16:
             continue
         limits = {"min_pixels": 4 * factor**2, "max_pixels": most * factor**2}
@@ -3328,7 +3326,7 @@ def test_batches_mix_rows_with_and_without_pictures():
                 torch.testing.assert_close(summed[name], grad, rtol=1e-3, atol=1e-6, msg=name)
             if family == "qwen2_vl":
                 _raises(ValueError, "tokens, need at most 20", Collator(prompts, 20), rows)
-                _raises(ValueError, "need at least 8", load_prompts, work / "model", 4)
+                _raises(ValueError, "need at least 16", load_prompts, work / "model", 8)
                 shown = copy.deepcopy(rows[0]["messages"])
                 shown[0]["content"][1]["text"] += "<|image_pad|>"
                 _raises(ValueError, "more <|image_pad|> than pictures", prompts.encode, shown)
@@ -3397,19 +3395,13 @@ def test_finetune_export_and_proof():
 
     for family, kind in (("qwen2_5_vl", "qwen2"), ("llava", "spm")):
         with _work() as work:
-            _save(
-                work / "model",
-                family,
-                kind,
-                wide=4,
-                vision={"hidden_size": 192, "intermediate_size": 448},
-            )
+            _save(work / "model", family, kind, **WHOLE_BLOCKS)
             args = transformers.TrainingArguments(
                 output_dir=str(work / "run"), max_steps=10, per_device_train_batch_size=4, logging_steps=1,
                 learning_rate=2e-3, save_strategy="no", report_to="none", seed=0, disable_tqdm=True,
                 use_cpu=True, gradient_checkpointing=family == "llava", lr_scheduler_type="constant",
             )  # fmt: skip
-            budget = 36 if family == "llava" else 12
+            budget = 36 if family == "llava" else 16
             with contextlib.redirect_stdout(io.StringIO()):
                 model, _, losses = finetune(
                     work / "model", generated_rows(24), args, image_max_tokens=budget, lora_r=8
@@ -3453,6 +3445,8 @@ def test_command_line():
     with _work() as work:
         model = _save(work / "model", "qwen2_vl", "qwen2")
         _adapter(work / "adapter", model)
+        pins = Path(__file__).with_name("requirements.txt")
+        assert not pins.exists() or LLAMA_CPP in pins.read_text(), "another llama-cpp-python"
         code, said = _main("--help")
         assert code == 0 and "--export" in said and "--image-max-tokens" in said
         export = ("--export", work / "model", "--out", work / "out")
@@ -3475,7 +3469,7 @@ def test_command_line():
                 code, said = _main(*argv)
             assert code == 2 and words in said and "Traceback" not in said, (argv, code, said)
         tune = f"--finetune {work}/model --max_steps 2 --use_cpu --per_device_train_batch_size 2"
-        tune += " --image-max-tokens 12 --logging_steps 1 --dtype f32"
+        tune += " --image-max-tokens 16 --logging_steps 1 --dtype f32"
         for bits in ("false", "true"):
             out = work / f"tuned-{bits}"
             code, said = _main(*tune.split(), "--out", out, "--four-bit", bits, *proof)
@@ -3626,6 +3620,26 @@ def _measured(kind, *argv):
         words = " ".join(done.stderr.split())[-300:]
         raise ValueError(f"a measured process: found exit code {done.returncode} ({words}), need 0")
     return json.loads(line[0].removeprefix("MEASURED "))
+
+
+def bench_proof(results) -> None:
+    """The largest distances of every family to transformers, F32 files, over the tests' prompts."""
+    if why := _llama_cpp_missing():
+        print(f"gguf_vision: no figures of the proof: {why}")
+        return
+    for case in CASES:
+        for adapter in (False, True):
+            proofs, row = _proofs(case, adapter=adapter).values(), {}
+            row["ids_equal"] = all(p.ids for p in proofs)
+            for name in ("images", "images_emulated", "logits", "logits_emulated"):
+                row[name] = max(getattr(p, name) or 0 for p in proofs)
+            name = f"{case}{', LoRA' if adapter else ''}"
+            results.setdefault("proof", {})[name] = row
+            far = (
+                f"{k} {row[k]:.1e} (emulated {row[f'{k}_emulated']:.1e})"
+                for k in ("images", "logits")
+            )
+            print(f"{name}: token ids {'equal' if row['ids_equal'] else 'DIFFER'},", ", ".join(far))
 
 
 def bench_export(results, sizes, converter=None) -> dict:
@@ -3799,6 +3813,7 @@ def main(argv=None) -> int:
         else:
             code, checks = _self_test() if args.test or not args.bench else (0, 0)
             if not code and (args.bench or not args.test):
+                bench_proof(results)
                 sizes = os.environ.get("GGUF_VISION_SIZES", "2b").split(",")
                 head = bench_export(results, sizes, args.converter)
         if args.json:

@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
 scripts=(nf4_triton.py chunked_ce.py flex_attn.py compile_qlora.py qlora_fsdp2.py gguf_vision.py)
-needs="torch, triton, bitsandbytes, transformers, peft, datasets, accelerate, gguf, pytest"
+needs="torch, triton, bitsandbytes, transformers, peft, datasets, accelerate, gguf, PIL, pytest"
 
 fail() { echo "run_all.sh: $1" >&2; exit "$2"; }
 [[ $# -eq 0 || ($# -eq 1 && $1 == --test) ]] || fail "found '$*', need nothing or --test" 2
