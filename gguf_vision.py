@@ -2536,6 +2536,10 @@ def test_dtypes_round_as_they_should():
             got, half = _read(text)[1], {k: v.to(dtype) for k, v in want.items()}
             for tensor in ("blk.0.ffn_up.weight", "token_embd.weight"):
                 assert np.array_equal(got[tensor].astype(np.float32), half[tensor].float().numpy())
+        _save(work / "llava", "llava", "spm")
+        mmproj = _quiet(work / "llava", work / "out", dtype="q8_0")[1]
+        kinds = _read(mmproj)[2]
+        assert kinds["v.position_embd.weight"] == kinds["v.class_embd"] == TYPE.F32
     rows = torch.tensor([[1.0, 1e5]])
     _raises(ValueError, "found 1e+05, need at most 65504 for f16", _encode, "w", rows, TYPE.F16)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -2769,12 +2773,12 @@ def test_weights_are_read_a_few_million_at_a_time():
         assert max(sizes) == convolution and sorted(sizes)[-3] <= 1000, sorted(sizes)[-5:]
 
 
-def _child(code, **options):
-    """A python process with this file's directory on its path."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)  # fmt: skip
+def _child(code, *argv):
+    """A python process that finds this file."""
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], env=env, **pipes)
 
 
 def test_interruptions_leave_no_half_file():
@@ -2798,10 +2802,7 @@ sys.exit(g.main(sys.argv[1:]))
         out = work / "out"
         before = {p: p.read_bytes() for p in (work / "model").iterdir()}
         for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-            args = [sys.executable, "-c", slow, "--export", str(work / "model"), "--out", str(out)]
-            env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
-            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            with subprocess.Popen(args, env=env, **pipe) as child:
+            with _child(slow, "--export", work / "model", "--out", out) as child:
                 for line in child.stdout:
                     if "HALF" in line:
                         break
@@ -2938,6 +2939,24 @@ def test_checkpoints_that_are_broken():
         "qwen2_5_vl", _backend("qwen2").get_vocab(), vision={"fullatt_block_indexes": [0, 3]}
     )
     _raises(ValueError, "need every n-th layer", _check, config)
+
+
+def test_tensors_that_are_not_known():
+    """A tensor beyond those of the family stops the export; position ids of old files do not."""
+    from safetensors.torch import load_file, save_file
+
+    with _work() as work:
+        _save(work / "model", "llava", "spm")
+        path = work / "model" / "model.safetensors"
+        state = load_file(path)
+        save_file(state | {"vision_tower.adapter.weight": torch.ones(2, 2)}, path)
+        words = "model.vision_tower.adapter.weight: found a tensor that LLaVA 1.5"
+        _raises(ValueError, words, _quiet, work / "model", work / "out")
+        old = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(37)[None]}
+        old["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        save_file(state | old, path)
+        lines = _quiet(work / "model", work / "out")[2]
+        assert any("and 1 more: computed by llama.cpp" in line for line in lines), lines
 
 
 def test_rope_scaling_of_text_models():
@@ -3339,6 +3358,8 @@ def test_batches_mix_rows_with_and_without_pictures():
             else:
                 tokens = batch["image_grid_thw"].prod(-1) // 4
                 assert len(tokens) == sum(counts) and tokens.max() <= budget and tokens.min() >= 8
+            each = [len(prompts.encode(row["messages"])["input_ids"]) for row in rows]
+            assert batch["attention_mask"].sum(1).tolist() == each
             text_only = collate([r for r, n in zip(rows, counts, strict=True) if not n])
             assert "pixel_values" not in text_only and "image_grid_thw" not in text_only
             for i, row in enumerate(rows):
