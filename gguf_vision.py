@@ -1097,6 +1097,7 @@ def _state(model) -> dict[str, Live]:
     """The tensors of a model in memory, LoRA's own left out, by the names they have without it."""
     state = {}
     for key, tensor in model.state_dict().items():
+        key = key.replace("_orig_mod.", "")  # of torch.compile
         if not re.search(r"\.lora_|\.modules_to_save\.", key):
             key = re.sub(r"\.(base_layer|original_module)\.", ".", key)
             state[key] = Live(key, tensor)
@@ -1120,7 +1121,7 @@ def _source(model, adapter, processor, scratch):
             _need(not merged, "adapter", "one that is merged", "model.unmerge_adapter() first")
             base = model.get_base_model()
             state = get_peft_model_state_dict(model, adapter_name=active[0])
-            parts = {k: Live(k, v) for k, v in state.items()}
+            parts = {k.replace("_orig_mod.", ""): Live(k, v) for k, v in state.items()}
             adapter_config = model.peft_config[active[0]].to_dict()
         state = _state(base)
         meta = [k for k, v in state.items() if v.tensor.is_meta]
