@@ -1278,8 +1278,8 @@ def export_gguf(
             total = sum(sum(f.sizes.values()) for f in files)
             out.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(out).free
-            found = f"{free / GIB:.2f} GiB free"
-            _need(free > total, out, found, f"{total / GIB:.2f} GiB for the two files")
+            found = f"{free >> 20:,} MiB free"
+            _need(free > total, out, found, f"{(total >> 20) + 1:,} MiB for the two files")
             quiet = report is not None or not sys.stderr.isatty()
             options = {"unit": "B", "unit_scale": True, "disable": quiet, "desc": name}
             start = time.perf_counter()
@@ -2833,7 +2833,7 @@ sys.exit(g.main(["--export", {str(work / "model")!r}, "--out", {str(out)!r}]))
         assert {p: p.read_bytes() for p in (work / "model").iterdir()} == before
         usage = types.SimpleNamespace(free=1000)
         with unittest.mock.patch.object(shutil, "disk_usage", lambda _: usage):
-            _raises(ValueError, "GiB for the two files", _quiet, work / "model", out)
+            _raises(ValueError, "MiB for the two files", _quiet, work / "model", out)
         assert {p: p.read_bytes() for p in out.iterdir()} == good
 
 
