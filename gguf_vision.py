@@ -330,8 +330,8 @@ PARTS = re.compile(
 )
 
 
-def _group(tensors) -> dict[str, Any]:
-    """Weights by name: the parts of each 4-bit one become one weight."""
+def _group(tensors, family) -> dict[str, Any]:
+    """Weights by canonical name: the parts of each 4-bit one become one weight."""
     weights, parts = {}, {}
     for name, tensor in tensors.items():
         if match := PARTS.match(name):
@@ -342,7 +342,12 @@ def _group(tensors) -> dict[str, Any]:
         ok = name in weights and any(k.startswith("quant_state.") for k in found)
         _need(ok, name, f"only {', '.join(sorted(found))}", "4-bit codes and their quant_state")
         weights[name] = Quantised(name, weights[name], found)
-    return weights
+    named = {}
+    for name, weight in weights.items():
+        target = _canonical(name, family)
+        _need(target not in named, target, f"{name} and another of that name", "one")
+        named[target] = weight
+    return named
 
 
 # --------------------------------------------------------------------------------------------------
@@ -640,6 +645,10 @@ def _vision_width(config) -> tuple[int, int]:
     return vision.hidden_size, vision.intermediate_size
 
 
+def _head_size(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def _llama3_factors(rope, size) -> Tensor:
     """What Llama 3.1's rope divides each of its frequencies by, float32 [size / 2]."""
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -655,7 +664,7 @@ def _text_keys(w, config, name, vocabulary) -> list[str]:
     text, said = config.text_config, []
     rope, context = text.rope_parameters or {}, text.max_position_embeddings
     heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    size = _head_size(text)
     window = getattr(text, "sliding_window", None)
     if text.model_type == "mistral" and window:
         context = min(context, window)
@@ -1094,6 +1103,11 @@ def _config(directory):
     return config
 
 
+def _base(model):
+    """A model without PEFT's wrapper, if it has one."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def _state(model) -> dict[str, Live]:
     """The tensors of a model in memory, LoRA's own left out, by the names they have without it."""
     state = {}
@@ -1153,7 +1167,7 @@ def _source(model, adapter, processor, scratch):
     if processor is not None:
         directory = scratch
         processor.save_pretrained(scratch)
-    return config, _group(state), parts, adapter_config, live, directory, name
+    return config, _group(state, config.model_type), parts, adapter_config, live, directory, name
 
 
 def _expect(config, weights) -> None:
@@ -1215,12 +1229,7 @@ def export_gguf(
     out, files = Path(out_dir), []
     with tempfile.TemporaryDirectory(prefix="gguf_vision_") as scratch:
         source = _source(model_or_dir, adapter, processor, Path(scratch))
-        config, state, parts, adapter_config, live, directory, found_name = source
-        weights = {}
-        for key, weight in state.items():
-            target = _canonical(key, config.model_type)
-            _need(target not in weights, target, f"{key} and another of that name", "one")
-            weights[target] = weight
+        config, weights, parts, adapter_config, live, directory, found_name = source
         if not config.tie_word_embeddings:
             _need("lm_head.weight" in weights, "checkpoint", "no lm_head.weight", "untied heads")
         _expect(config, weights)
@@ -1248,9 +1257,8 @@ def export_gguf(
             )
         rope = config.text_config.rope_parameters or {}
         if rope.get("rope_type") == "llama3":
-            text = config.text_config
-            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            plan.text["rope_freqs.weight"] = Live("rope_freqs", _llama3_factors(rope, size))
+            factors = _llama3_factors(rope, _head_size(config.text_config))
+            plan.text["rope_freqs.weight"] = Live("rope_freqs", factors)
         image = _preprocessor(directory)
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -1663,33 +1671,32 @@ def _class_token_last(model, workaround=False):
         for module in found:
             patch = unittest.mock.patch.object
             stack.enter_context(patch(module, "forward", functools.partial(forward, module)))
-        yield bool(found)
+        yield
 
 
 @contextlib.contextmanager
 def _no_epsilon(model):
     """llama.cpp's RMS norms in the text model of Qwen2-VL and Qwen2.5-VL: epsilon is not read."""
     names = ("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm")
-    language = model.get_base_model() if hasattr(model, "peft_config") else model
-    norms = [m for m in language.model.language_model.modules() if type(m).__name__ in names]
+    norms = [m for m in _base(model).model.language_model.modules() if type(m).__name__ in names]
     with contextlib.ExitStack() as stack:
         for module in norms:
             stack.enter_context(unittest.mock.patch.object(module, "variance_epsilon", 0.0))
-        yield bool(norms)
+        yield
 
 
 @contextlib.contextmanager
 def _sectors_unturned(model):
     """llama.cpp's interleaved M-RoPE: frequencies past 3 * mrope_section of their axis are turned by
     a fourth position, which is 0, where transformers turns them by the first."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = _base(model)
     rotary = base.model.language_model.rotary_emb
     kept, sections = rotary.inv_freq, base.config.text_config.rope_parameters["mrope_section"]
     index = torch.arange(len(kept))
     covered = index < 3 * torch.tensor(sections)[index % 3]
     rotary.inv_freq = torch.where(covered, kept, 0)
     try:
-        yield not bool(covered.all())
+        yield
     finally:
         rotary.inv_freq = kept
 
@@ -1718,7 +1725,7 @@ def _float16_steps(model):
                 new = functools.partial(convolution, module)
             if new:
                 stack.enter_context(unittest.mock.patch.object(module, "forward", new))
-        yield True
+        yield
 
 
 class Fault(NamedTuple):
@@ -1883,9 +1890,8 @@ def reference_model(directory, adapter=None, live=None):
         with contextlib.suppress(AttributeError):
             del config.quantization_config
         model = kind.from_config(config, dtype=torch.float32)
-        base = live.get_base_model() if hasattr(live, "peft_config") else live
-        state = _group(_checkpoint(directory) if live is None else _state(base))
-        state = {_canonical(k, config.model_type): w for k, w in state.items()}
+        state = _checkpoint(directory) if live is None else _state(_base(live))
+        state = _group(state, config.model_type)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 weight = state.get(_canonical(name, config.model_type))
@@ -1904,7 +1910,7 @@ def reference_model(directory, adapter=None, live=None):
 @torch.no_grad()
 def reference_outputs(model, row):
     """(image embeddings, logits of the next token) of one encoded conversation in transformers."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = _base(model)
     inputs = {"input_ids": torch.tensor([row["input_ids"]])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     embeddings = []
@@ -2002,22 +2008,22 @@ def prove(
     ids, embeddings, logits = llama.run(text.replace(place, marker), images, special)
     want = [-1 if i == prompts.token_id else i for i in row["input_ids"]]
 
-    def distances(model):
-        far, next_logits = reference_outputs(model, row)
+    def distances(reference):
+        far, next_logits = reference
         pictures = [_distance(a, b) for a, b in zip(embeddings, far, strict=True)]
         return max(pictures, default=None), _distance(logits, next_logits)
 
     faults = [f for f, fault in FAULTS.items() if fault.applies(prompts.config)]
-    plain, allowed = distances(model), 2e-3
+    own, allowed = reference_outputs(model, row), 2e-3
     if rounded is not None:  # llama.cpp rounds the activations too, where it rounds the weights
-        a, b = reference_outputs(model, row), reference_outputs(rounded, row)
-        own = [_distance(x, y) for x, y in zip(b[0] + [b[1]], a[0] + [a[1]], strict=True)]
-        allowed += 3 * max(own)
+        a, b = ([*far, last] for far, last in (own, reference_outputs(rounded, row)))
+        allowed += 3 * max(_distance(x, y) for x, y in zip(b, a, strict=True))
     with contextlib.ExitStack() as stack:
         for name in faults:
             turned = {"workaround": True} if clip_workaround and name == "class token last" else {}
             stack.enter_context(FAULTS[name].emulate(model, **turned))
-        emulated = distances(model)
+        emulated = distances(reference_outputs(model, row))
+    plain = distances(own)
     return Proof(ids == want, len(ids), *plain, *emulated, allowed, tuple(faults))
 
 
@@ -3544,10 +3550,15 @@ def test_command_line():
             assert code == 2 and words in said and "Traceback" not in said, (argv, code, said)
         tune = f"--finetune {work}/model --max_steps 2 --use_cpu --per_device_train_batch_size 2"
         tune += " --image-max-tokens 16 --logging_steps 1 --dtype f32"
+        few = tune.replace("--logging_steps 1", "").split()  # fewer steps than a line of the log
+        code, said = _main(*few, "--out", work / "few")
+        assert code == 0 and "gguf_vision: loss" not in said, said
+        code, said = _main(*few, "--out", work / "few", "--adapter", work / "adapter")
+        assert code == 2 and "--adapter: found one, with --finetune" in said, said
         for bits in ("false", "true"):
             out = work / f"tuned-{bits}"
             code, said = _main(*tune.split(), "--out", out, "--four-bit", bits, *proof)
-            assert code == 0 and "loss" in said, said
+            assert code == 0 and "gguf_vision: loss" in said, said
             files = sorted(p.name for p in out.iterdir())
             assert files == ["adapter", "model-mmproj-F32.gguf", "model-text-F32.gguf"], files
             assert (out / "adapter" / "adapter_model.safetensors").exists()
@@ -3826,7 +3837,8 @@ def _parser():
 
 def _export(args, rest, results) -> int:
     """--export and --finetune, then --verify."""
-    model, adapter, source = args.export, args.adapter, args.export
+    adapter, live = args.adapter, None
+    _need(not (args.finetune and adapter), "--adapter", "one, with --finetune", "either")
     directory = _local(args.export or args.finetune)
     options = {"dtype": args.dtype, "mmproj_dtype": args.mmproj_dtype, "pre": args.pre}
     options["name"] = args.name or directory.resolve().name
@@ -3842,24 +3854,26 @@ def _export(args, rest, results) -> int:
         parser = transformers.HfArgumentParser(transformers.TrainingArguments)
         with tempfile.TemporaryDirectory(prefix="gguf_vision_run_") as scratch:
             parser.set_defaults(output_dir=scratch, report_to="none", save_strategy="no")
+            parser.set_defaults(logging_steps=10)
             (training,) = parser.parse_args_into_dataclasses(rest)
             budget = {
                 "image_max_tokens": args.image_max_tokens,
                 "four_bit": args.four_bit == "true",
             }
-            model, _, losses = finetune(directory, rows, training, lora_r=args.lora_r, **budget)
-        print(f"gguf_vision: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} lines")
+            live, _, losses = finetune(directory, rows, training, lora_r=args.lora_r, **budget)
         results["losses"], adapter = losses, Path(args.out) / "adapter"
-        model.save_pretrained(adapter)
-        text, mmproj = export_gguf(model, args.out, processor=_Files(directory), **options)
+        live.save_pretrained(adapter)
+        if losses:
+            print(f"gguf_vision: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} lines")
+        text, mmproj = export_gguf(live, args.out, processor=_Files(directory), **options)
     else:
-        text, mmproj = export_gguf(source, args.out, adapter=adapter, **options)
+        text, mmproj = export_gguf(directory, args.out, adapter=adapter, **options)
     print(f"gguf_vision: {text}\ngguf_vision: {mmproj}")
     results |= {"text": str(text), "mmproj": str(mmproj)}
     if not args.verify:
         return 0
     more = {"mmproj_dtype": args.mmproj_dtype, "images": args.image}
-    more |= {"live": model if args.finetune else None, "clip_workaround": args.clip_workaround}
+    more |= {"live": live, "clip_workaround": args.clip_workaround}
     return 0 if verify(directory, text, mmproj, adapter, args.dtype, **more) else 1
 
 
