@@ -42,17 +42,22 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
 import weakref
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: nothing else can catch it yet
+    INTERRUPT = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +75,7 @@ NF4 += (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
 NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
 NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+FUZZ_CASES = "25"  # of each random test in the self-test
 PACKED_BYTES = 0.5 + 1 / 64 + 4 / 16384  # read per weight: codes, absmax, absmax2 (64, nested 256)
 # Compute capability: published GPU, bytes/s, SMs, boost clock in Hz
 CHIPS = {75: ("T4", 320e9, 40, 1.59e9), 80: ("A100", 2039e9, 108, 1.41e9)}
@@ -94,10 +100,11 @@ class Packed(NamedTuple):
 
 def _need(ok, name, found, need, error=ValueError):
     if not ok:
-        raise error(f"{name}: found {found}, need {need}")
+        raise error(f"{name}: found {' '.join(str(found).split())[:80]}, need {need}")
 
 
 def _need_tensor(name, tensor, dtype, count, device):
+    _need(torch.is_tensor(tensor), name, type(tensor).__name__, "a tensor", TypeError)
     _need(tensor.dtype == dtype, f"{name}.dtype", tensor.dtype, dtype, TypeError)
     _need(tensor.numel() == count, name, f"shape {tuple(tensor.shape)}", f"{count} values")
     _need(tensor.is_contiguous(), name, f"strides {tensor.stride()}", "a contiguous tensor")
@@ -109,25 +116,33 @@ def _unpack(weight, state, dtype=None, out=None) -> Packed:
     _need(state.quant_type == "nf4", "quant_type", repr(state.quant_type), "'nf4'")
     repacked = getattr(state, "packing_format_for_cpu", False)
     _need(not repacked, "weight", "it packed for bitsandbytes' CPU kernels", "the usual packing")
-    dtype, shape, device = dtype or state.dtype, tuple(state.shape), weight.device
+    _need(torch.is_tensor(weight), "weight", type(weight).__name__, "a tensor", TypeError)
+    shape = state.shape
+    ok = isinstance(shape, (tuple, list)) and all(isinstance(n, int) and n >= 0 for n in shape)
+    _need(ok, "quant_state.shape", shape, "sizes", TypeError)
+    dtype, shape, device = dtype or state.dtype, tuple(shape), weight.device
     _need(dtype in DTYPES, "dtype", dtype, "float16, bfloat16 or float32", TypeError)
     ok = weight.dtype in (torch.uint8, *DTYPES)
     _need(ok, "weight.dtype", weight.dtype, "uint8 or 16/32-bit floats", TypeError)
     _need(weight.is_contiguous(), "weight", f"strides {weight.stride()}", "a contiguous tensor")
     blocksize, blocksize2, code2, absmax2, offset = state.blocksize, 0, None, None, None
-    ok = blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    ok = isinstance(blocksize, int) and blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096)
     _need(ok, "blocksize", blocksize, "a power of two from 32 to 4096")
     numel = math.prod(shape)
     size, want, blocks = weight.element_size(), (numel + 1) // 2, triton.cdiv(numel, blocksize)
     nbytes = weight.numel() * size
     _need(want <= nbytes < want + size, "weight", f"{nbytes} bytes", f"{want} for {shape}")
-    if state.state2:
+    if state.state2 is not None:
+        ok = hasattr(state.state2, "absmax")
+        _need(ok, "state2", type(state.state2).__name__, "a QuantState", TypeError)
         code2, absmax2, blocksize2 = state.state2.code, state.state2.absmax, state.state2.blocksize
         _need(not getattr(state.state2, "state2", None), "state2", "a nested state", "a flat one")
-        ok = isinstance(blocksize2, int) and blocksize2 > 0
-        _need(ok, "state2.blocksize", blocksize2, "a positive integer")
+        ok = isinstance(blocksize2, int) and 0 < blocksize2 < 2**31
+        _need(ok, "state2.blocksize", blocksize2, "a positive 32-bit integer")
         offset = state.offset
-        _need(offset is not None, "offset", None, "a number or a tensor of one")
+        ok = offset.numel() == 1 if torch.is_tensor(offset) else isinstance(offset, (int, float))
+        found = f"shape {tuple(offset.shape)}" if torch.is_tensor(offset) else repr(offset)
+        _need(ok, "offset", found, "a number or a tensor of one")
         if not torch.is_tensor(offset) or offset.device.type == "cpu" != device.type:
             # Old checkpoints: a fill, because a copy to the GPU would be waited for.
             offset = torch.full((), float(offset), device=device)
@@ -136,7 +151,7 @@ def _unpack(weight, state, dtype=None, out=None) -> Packed:
         count = triton.cdiv(blocks, blocksize2)
         _need_tensor("state2.absmax", absmax2, torch.float32, count, device)
         _need_tensor("offset", offset, torch.float32, 1, device)
-    kind = torch.uint8 if state.state2 else torch.float32
+    kind = torch.float32 if state.state2 is None else torch.uint8
     _need_tensor("absmax", state.absmax, kind, blocks, device)
     if out is not None:
         _need(out.shape == shape, "out.shape", tuple(out.shape), shape)
@@ -153,7 +168,7 @@ def _dequantize_torch(p: Packed) -> torch.Tensor:
     values = pairs.flatten().index_select(0, bytes_).view(torch.float32)
     scale = p.absmax
     if p.blocksize2:
-        absmax2 = p.absmax2.repeat_interleave(p.blocksize2)[: scale.numel()]
+        absmax2 = p.absmax2.repeat_interleave(min(p.blocksize2, scale.numel()))[: scale.numel()]
         scale = p.code2[scale.int()] * absmax2 + p.offset
     full = scale.numel() * p.blocksize
     values = values[:full] if values.numel() >= full else F.pad(values, (0, full - values.numel()))
@@ -627,26 +642,127 @@ def _expected(weight, state):
     return _dequantize_torch(_unpack(weight, state))
 
 
-def test_kernel_bits_under_interpreter():
+def _check_interpreted(p, words, ragged):
+    """The kernel under Triton's interpreter gives the reference's bits, and nothing past the end."""
     kernel, unused = InterpretedFunction(getattr(_nf4_kernel, "fn", _nf4_kernel)), torch.zeros(1)
+    numel = math.prod(p.shape)
+    space = torch.full((numel + words * 8,), math.nan, dtype=p.dtype)
+    ragged = numel % (words * 8) != 0 or ragged
+    weight = p.weight.flatten().view(torch.uint8 if ragged else torch.int32)
+    args = [weight, *(unused if part is None else part for part in p[1:5]), space, numel]
+    grid = (triton.cdiv(numel, words * 8),)
+    kernel[grid](*args, p.blocksize, p.blocksize2, words, 0, ragged, 0)
+    assert _same(space[:numel].view(p.shape), _dequantize_torch(p))
+    assert space[numel:].isnan().all()
 
-    def check(p, words, ragged):
-        numel = math.prod(p.shape)
-        space = torch.full((numel + words * 8,), math.nan, dtype=p.dtype)
-        ragged = numel % (words * 8) != 0 or ragged
-        weight = p.weight.flatten().view(torch.uint8 if ragged else torch.int32)
-        args = [weight, *(unused if part is None else part for part in p[1:5]), space, numel]
-        grid = (triton.cdiv(numel, words * 8),)
-        kernel[grid](*args, p.blocksize, p.blocksize2, words, 0, ragged, 0)
-        assert _same(space[:numel].view(p.shape), _dequantize_torch(p))
-        assert space[numel:].isnan().all()  # nothing written past the end
 
+def test_kernel_bits_under_interpreter():
     for case in _cases(100):
-        check(_unpack(*_pair(*case)), (32, 64, 256)[case[0] % 3], case[0] % 2 == 0)
+        _check_interpreted(_unpack(*_pair(*case)), (32, 64, 256)[case[0] % 3], case[0] % 2 == 0)
     # Halfway between two bf16 numbers, where only round-to-nearest-even is right: code 15 is 1.0
     ties = (torch.arange(64, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
     ones = torch.full((2048, 1), 255, dtype=torch.uint8)
-    check(Packed(ones, ties, None, None, None, 64, 0, (4096,), torch.bfloat16), 64, False)
+    tied = Packed(ones, ties, None, None, None, 64, 0, (4096,), torch.bfloat16)
+    _check_interpreted(tied, 64, False)
+
+
+def _fuzz(check, **drawn):
+    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
+    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
+    import hypothesis
+
+    cases, seed = os.environ.get("FUZZ_CASES", FUZZ_CASES), os.environ.get("FUZZ_SEED", "0")
+    settings = hypothesis.settings(
+        max_examples=int(cases),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
+
+
+def _sizes(most):
+    """Shapes of one to three dimensions, up to so many weights."""
+    from hypothesis import strategies as st
+
+    shapes = st.lists(st.integers(1, most), min_size=1, max_size=3).map(tuple)
+    return shapes.filter(lambda shape: math.prod(shape) <= most)
+
+
+def test_fuzz_kernel_under_interpreter():
+    from hypothesis import strategies as st
+
+    _fuzz(
+        lambda words, ragged, case: _check_interpreted(_unpack(*_pair(*case)), words, ragged),
+        words=st.sampled_from((32, 64, 256)),
+        ragged=st.booleans(),
+        case=st.tuples(
+            st.integers(0, 2**31),  # of codes and scales
+            _sizes(5000),
+            st.sampled_from([*DTYPES]),
+            st.sampled_from([2**k for k in range(5, 13)]),
+            st.sampled_from((0, 1, 2, 3, 7, 100, 256, 4096)),
+            st.sampled_from((torch.uint8, torch.bfloat16, torch.float16, torch.float32)),
+        ),
+    )
+
+
+def test_fuzz_weights_equal_bitsandbytes():
+    """Any weight that bitsandbytes quantises; on a GPU by the kernel, in every dtype."""
+    import bitsandbytes.functional as bnb
+    from hypothesis import strategies as st
+
+    device = "cuda" if _gpus() else "cpu"
+    dtypes = [*DTYPES] if _gpus() else [torch.float16, torch.float32]  # its bf16 rounds otherwise
+
+    def check(shape, dtype, block, nested, storage, seed, scale, given, transposed):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+        weight = weight.to(device, dtype)
+        packed, state = bnb.quantize_4bit(weight, None, None, block, nested, "nf4")
+        want = bnb.dequantize_4bit(packed, state)
+        if len(packed) % storage.itemsize == 0:  # else bitsandbytes cannot store it so
+            packed = packed.flatten().view(storage)[:, None]
+        out = torch.empty_like(want) if given else None
+        if transposed:
+            packed, want, out = packed.t(), want.t(), None
+        got = dequantize_nf4(packed, state, out)
+        assert _same(got, want) and (out is None or got is out)
+
+    _fuzz(
+        check,
+        shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+        dtype=st.sampled_from(dtypes),
+        block=st.sampled_from((64, 128, 256, 512, 1024, 2048, 4096)),
+        nested=st.booleans(),
+        storage=st.sampled_from((torch.uint8, torch.bfloat16, torch.float16, torch.float32)),
+        seed=st.integers(0, 2**31),
+        scale=st.sampled_from((1e-4, 0.02, 1.0, 300.0)),
+        given=st.booleans(),
+        transposed=st.booleans(),
+    )
+
+
+def test_fuzz_broken_states_are_refused():
+    """A field with another value: the right bits for what it then says, or one line of error."""
+    from hypothesis import strategies as st
+
+    sizes = torch.zeros(7), torch.zeros(256), torch.zeros(8).byte(), torch.zeros(9, 1).byte()
+    values = [None, 0, -64, 63, 64, 128, 4096, 1.5, "nf4", "fp4", (), (8, 64), (4, 128), (8, 63)]
+    values += [*sizes, torch.float16, torch.float32, torch.float64, torch.tensor(0.5), 2**40]
+
+    def check(field, value, seed):
+        weight, state = _pair(seed, (8, 64), torch.float16)
+        setattr(state.state2 if "." in field else state, field.split(".")[-1], value)
+        try:
+            got = dequantize_nf4(weight, state)
+        except (TypeError, ValueError) as error:
+            assert "found" in str(error) and "\n" not in str(error), error
+        else:
+            assert _same(got, _expected(weight, state)) and got.numel() == math.prod(state.shape)
+
+    fields = "absmax shape blocksize quant_type dtype offset state2 state2.code state2.absmax"
+    names = st.sampled_from([*fields.split(), "state2.blocksize"])
+    _fuzz(check, field=names, value=st.sampled_from(values), seed=st.integers(0, 99))
 
 
 def test_reference_equals_bitsandbytes_on_cpu():
@@ -1061,10 +1177,10 @@ def _with_our_bits(peers, layer) -> dict:
     return same
 
 
-def _say(results, name, times, unit="us"):
+def _say(results, name, times, unit="us", **more):
     ratios = "".join(f" | {k} {t:.2f} ({t / times['ours']:.2f}x)" for k, t in times.items())
     print(f"{name}, {unit}{ratios}", flush=True)
-    results[name] = {"unit": unit, **times}
+    results[name] = {"unit": unit, **times, **more}
 
 
 def _wall_us(peers, rounds, run) -> dict:
@@ -1084,7 +1200,7 @@ def _all_of(dequantize, layers, outs):
         _of(dequantize, layer, out)
 
 
-def bench_gpu(results) -> dict:
+def _bench_step(results, peers) -> dict:
     model, ids = _qlora(2048, 8192, 4), torch.randint(32000, (2, 1024), device="cuda")
 
     def step(patch):
@@ -1092,23 +1208,33 @@ def bench_gpu(results) -> dict:
             _step(model, ids)[0].item()
 
     patches = {"ours": patch_bitsandbytes, "bitsandbytes": contextlib.nullcontext}
-    times = _wall_us(patches, 50, step)  # before Unsloth is imported, which patches transformers
+    times = _wall_us(patches, 50, step)
     _say(results, "QLoRA step, 4 layers of Llama 1B, 2048 tokens", times)
-    head, total = {"qlora_step": times["bitsandbytes"] / times["ours"]}, {}
-    peers = _peers()
+    return {"qlora_step": times["bitsandbytes"] / times["ours"]}
+
+
+def _bench_challenge(results, peers) -> dict:
+    total = {}
     for option in CHALLENGE:
         layers = _check_challenge(*option, "cuda")
-        peers = _with_our_bits(peers, layers[0])
 
         def round_of_three(peer, layers=layers):
             for layer in layers:
                 _of(peer, layer).t()
                 torch.cuda.synchronize()
 
-        times = _wall_us(peers, 1000, round_of_three)
+        times = _wall_us(_with_our_bits(peers, layers[0]), 1000, round_of_three)
         total = {name: total.get(name, 0) + t for name, t in times.items()}
         _say(results, f"challenge {option[2]}x{option[3]} {DTYPES[option[5]]}", times, "us a round")
     _say(results, "challenge, its three options", total, "us a round")
+    head = {"challenge": total["reference"] / total["ours"]}
+    head["floor"] = total["ours"] / total["memset"]
+    if "unsloth" in total:
+        head["unsloth"] = total["unsloth"] / total["ours"]
+    return head
+
+
+def _bench_kernel(results, peers) -> dict:
     ratios, timed = [], [p for p in peers if p in ("ours", "memset", "reference", "unsloth")]
     for name, shape in SHAPES.items():
         dtype = torch.float16 if name == "Llama 1B up" else torch.bfloat16
@@ -1121,8 +1247,13 @@ def bench_gpu(results) -> dict:
             times[peer] = time_ms * 1e3 / len(layers)
         rate, floor = ideal / times["ours"] / 1e3, times["ours"] / times["memset"]
         name = f"kernel {name} {shape[0]}x{shape[1]} {DTYPES[dtype]}"
-        _say(results, f"{name}: {rate:.0f} GB/s, {floor:.3f} memset", times)
+        more = {"bytes": ideal, "written": math.prod(shape) * dtype.itemsize}
+        _say(results, f"{name}: {rate:.0f} GB/s, {floor:.3f} memset", times, **more)
         ratios.append(times.get("unsloth", math.nan) / times["ours"])
+    return {"unsloth_kernel": statistics.geometric_mean(ratios[:4])} if "unsloth" in timed else {}
+
+
+def _bench_host(results, peers) -> dict:
     weight = _linear4bit(256, 256, torch.bfloat16).weight
     pair = weight, weight.quant_state
     times = _wall_us(peers, 5000, lambda peer: peer(*pair, out=None))
@@ -1131,11 +1262,23 @@ def bench_gpu(results) -> dict:
     before, out = torch.cuda.memory_allocated(), dequantize_nf4(*pair)
     beyond = torch.cuda.max_memory_allocated() - before - out.nbytes
     print(f"memory beyond the output: {beyond} bytes")
-    head["challenge"] = total["reference"] / total["ours"]
-    head |= {"floor": total["ours"] / total["memset"], "host_us": times["ours"]}
-    if "unsloth" in peers:
-        head["unsloth"] = total["unsloth"] / total["ours"]
-        head["unsloth_kernel"] = statistics.geometric_mean(ratios[:4])
+    return {"host_us": times["ours"]}
+
+
+TIMINGS = {"step": _bench_step, "challenge": _bench_challenge, "kernel": _bench_kernel}
+TIMINGS |= {"host": _bench_host}
+
+
+def bench_gpu(results, names) -> dict:
+    """TIMINGS by name; each adds its records to results, headline figures are returned."""
+    for name in names:
+        _need(name in TIMINGS, "--only", name, f"of {', '.join(TIMINGS)}")
+    head, peers = {}, None
+    for name in (n for n in TIMINGS if n in names):
+        if peers is None and name != "step":  # importing Unsloth patches transformers: after that
+            layer = _check_challenge(*CHALLENGE[0], "cuda")[0]
+            peers = _with_our_bits(_peers(), layer)
+        head |= TIMINGS[name](results, peers)
     return head
 
 
@@ -1147,6 +1290,41 @@ def bench_cpu(results) -> dict:
     times = _wall_us(peers, 100, lambda peer: _of(peer, layer))
     _say(results, "the PyTorch path on the CPU, 4096x1024 fp16", times)
     return {"cpu_us": times["ours"]}
+
+
+def plot(results, path):
+    """What was timed, as a PNG: rates by size below the memory's (GPU), or microseconds (CPU)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    kernels = sorted((r for r in results.values() if "bytes" in r), key=lambda r: r["bytes"])
+    skip = "unit", "bytes", "written"
+    if kernels:
+        device = torch.cuda.get_device_name()
+        for name in (k for k in kernels[0] if k not in skip):
+            rates = [r["written" if name == "memset" else "bytes"] / r[name] / 1e3 for r in kernels]
+            label = "memset of the output" if name == "memset" else name
+            style = "k--" if name == "memset" else "o-"
+            axes.plot([r["bytes"] / 2**20 for r in kernels], rates, style, label=label)
+        major, minor = torch.cuda.get_device_capability()
+        if major * 10 + minor in CHIPS:
+            chip, peak = CHIPS[major * 10 + minor][:2]
+            axes.axhline(peak / 1e9, color="grey", label=f"the memory of {chip}, published")
+        ticks = 10, 20, 50, 100, 200, 500
+        axes.set(xscale="log", ylim=0, ylabel="GB/s read and written")
+        axes.set_xticks(ticks, [*map(str, ticks)]), axes.minorticks_off()
+        axes.set(xlabel="MiB of a weight, packed and unpacked (cold L2, no launch cost)")
+        axes.set_title(f"NF4 dequantisation by size, {device}")
+        axes.legend(), axes.grid(alpha=0.3)
+    else:
+        name, times = next(iter(results.items()))
+        times = {k: v for k, v in times.items() if k not in skip}
+        bars = axes.barh([*times], [*times.values()])
+        axes.bar_label(bars, fmt=" %.0f"), axes.margins(x=0.15), axes.invert_yaxis()
+        axes.set(title=name, xlabel=results[name]["unit"])
+    _write(path, lambda part: figure.savefig(part, format="png"))
+    print(f"drawn: {path}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1229,70 +1407,116 @@ def _read_weight(path: str, name: str | None) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def _self_test() -> tuple[int, int]:
+def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
+    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
     passed = []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
     sys.modules["nf4_triton"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    quiet += ["-W", "ignore", "--show-capture=no"]
+    if fuzz:
+        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
+        quiet += ["-k", "fuzz"]
     plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, "-W", "ignore", __file__], plugins)
+    code = pytest.main([*quiet, __file__], plugins)
     interrupted = code == pytest.ExitCode.INTERRUPTED
     return 130 if interrupted else int(code != 0), len(passed)
 
 
-def main(argv=None) -> int:
+def _write(path, save):
+    """save(a temporary path), which then gets its name: no half of a file ever has it."""
+    part = Path(f"{path}.part")
+    try:
+        save(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: found {error.strerror}, need room and leave to write") from error
+
+
+def _explain(error) -> tuple[int, str]:
+    """(exit code, one line) for what ended a run; "" if it was not foreseen."""
+    line = " ".join(str(error).split())[:400]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, AssertionError):
+        return 1, f"a check failed: {line}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return 1, f"out of memory: {line[:120]}, need a GPU with more free memory"
+    if isinstance(error, ImportError):
+        return 77, f"found no {error.name}, need requirements.txt installed"
+    if isinstance(error, (ValueError, TypeError, OSError)):
+        return 2, line
+    return 1, ""
+
+
+def _parser():
     first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=usage, formatter_class=style)
     option = parser.add_argument
-    option("--test", action="store_true", help="the self-test alone")
-    option("--bench", action="store_true", help="the timings alone")
-    option("--json", metavar="PATH", help="also write the results as JSON")
     option("--target", choices=[f"sm_{sm}" for sm in CHIPS], help="a chip to compile for")
     option("--storage", nargs="?", const="", metavar="FILE", help="storage bounds of a tensor")
-    option("--tensor", metavar="NAME", help="the tensor of FILE (without a FILE: Gaussian)")
-    args, seed, gpu = parser.parse_args(argv), 0, _gpus() > 0
+    option("--tensor", metavar="TENSOR", help="the tensor of FILE (without a FILE: Gaussian)")
+    option("--test", action="store_true", help="the self-test alone")
+    option("--bench", action="store_true", help="the timings alone")
+    option("--fuzz", type=int, metavar="N", help="the random tests alone, with N cases each")
+    option("--only", metavar="NAMES", help="of step, challenge, kernel, host (default: all)")
+    option("--seed", type=int, default=0, help="of timings and --fuzz (default: 0)")
+    option("--plot", metavar="PATH", help="rates beside the memory's as PNG (needs matplotlib)")
+    option("--json", metavar="PATH", help="also write the results as JSON")
+    return parser
+
+
+def main(argv=None) -> int:
+    parser = _parser()
+    args, gpu = parser.parse_args(argv), _gpus() > 0
+    asked = args.target or args.storage is not None
+    tests = args.test or args.fuzz or not (args.bench or asked)
+    times = args.bench or not (args.test or args.fuzz or asked)
+    if not times and (args.plot or args.only):
+        parser.error("--plot and --only are for the timings")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
-    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    versions |= {"cuda": torch.version.cuda, "seed": args.seed}
     print("nf4_triton", device, *(f"{k} {v}" for k, v in versions.items()), sep=" | ", flush=True)
     if device != "CPU" and not gpu:
         print(f"nf4_triton: found {device}, need compute capability 7.5: everything on the CPU")
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     results, head, code, checks = {}, {}, 0, 0
     try:
+        if args.plot:  # what is written last is looked at first
+            import matplotlib  # noqa: F401
+        for path in filter(None, (args.plot, args.json)):
+            _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+            Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        _need(gpu or not args.only, "--only", "no GPU", "one: a CPU has one timing")
         if args.target:
             print_target(int(args.target[3:]), results)
-        elif args.storage is not None:
+        if args.storage is not None:
             weight = _read_weight(args.storage, args.tensor) if args.storage else None
             weight = torch.randn(2**22) if weight is None else weight
             print_storage(weight, args.tensor or "Gaussian", results)
-        else:
-            code, checks = _self_test() if args.test or not args.bench else (0, 0)
-            if not code and (args.bench or not args.test):
-                head = bench_gpu(results) if gpu else bench_cpu(results)
+        if tests:
+            code, checks = _self_test(args.fuzz, args.seed)
+        if times and not code:
+            names = args.only.split(",") if args.only else [*TIMINGS]
+            head = bench_gpu(results, names) if gpu else bench_cpu(results)
+            if args.plot:
+                plot(results, args.plot)
         if args.json:
-            part = Path(f"{args.json}.part")
-            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
-            part.replace(args.json)
-    except KeyboardInterrupt:
-        code = 130
-    except AssertionError as error:
-        print(f"nf4_triton: a check before the timings failed: {error}", file=sys.stderr)
-        code = 1
-    except (ValueError, TypeError, OSError) as error:
-        print(f"nf4_triton: {error}", file=sys.stderr)
-        code = 2
-    except ImportError as error:
-        found = f"nf4_triton: found no {error.name}, need requirements.txt installed"
-        print(found, file=sys.stderr)
-        code = 77
+            found = {"device": device, **versions, **results, **head}
+            _write(args.json, lambda part: part.write_text(json.dumps(found, indent=1)))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (a traceback if unforeseen)
+        code, words = _explain(error)
+        print(f"nf4_triton: {words}" if words else traceback.format_exc(), file=sys.stderr)
     figures = " ".join(f"{k}={v:.2f}" + ("" if k.endswith("us") else "x") for k, v in head.items())
     print(f"RESULT nf4_triton {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
     return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPT)
     sys.exit(main())
