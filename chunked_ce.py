@@ -20,7 +20,7 @@ to the host), products of our own (cuBLAS is within a few percent of the chip), 
 Run on an H200 and on CPUs (plain PyTorch there; tests run the kernel in Triton's interpreter).
 
     python chunked_ce.py                  self-test, then timings; --test or --bench for one of them
-    python chunked_ce.py --bench --json results/ce.json
+    python chunked_ce.py --bench --plot results/ce.png --json results/ce.json
 
     from chunked_ce import linear_cross_entropy, memory_efficient_linear, patch_causal_lm
     loss = linear_cross_entropy(hidden, lm_head.weight, labels)      # labels already shifted
@@ -42,17 +42,22 @@ import os
 import pydoc_data.topics
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 import typing
 import unittest.mock
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: nothing else can catch it yet
+    INTERRUPT = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +71,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.testing import do_bench
 
 IGNORE = -100
+FUZZ_CASES = "25"  # of each random test in the self-test
 LOG2E = tl.constexpr(math.log2(math.e))
 NOTHING = tl.constexpr(-math.inf)  # of a column past the end
 KEEP, DROP = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # in the L2 cache
@@ -75,6 +81,7 @@ KEEP, DROP = tl.constexpr("evict_last"), tl.constexpr("evict_first")  # in the L
 # FEW_ROWS a second pass is faster than so many reads and writes of dW (Gemma: 75 ms for 108).
 # W frozen, 132 MiB take 4% more time than 264 (each chunk reads W twice), 520 no less.
 ROWS, FROZEN_MIB, LEAN_MIB, PASS_MIB, FEW_ROWS = 4096, 264, 512, 32, 192
+CPU_LOGITS = 2**17  # at a time: its half-dozen float32 copies stay in the caches, a third faster
 LOGIT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}  # fp16: products in float32
 
 # --------------------------------------------------------------------------------------------------
@@ -85,8 +92,15 @@ def _need(ok, name, found, need, error=ValueError):
     """Raise what was found and what is needed, put into words only then: under torch.compile the
     sizes of a shape are symbols."""
     if not ok:
-        words = lambda t: f"shape {list(t)}" if isinstance(t, tuple) else getattr(t, "__name__", t)
-        raise error(f"{name}: found {words(found)}, need {words(need)}")
+        raise error(f"{name}: found {_words(found)}, need {_words(need)}")
+
+
+def _words(value):
+    """One line for what was found."""
+    if isinstance(value, (tuple, Tensor)):
+        shape = list(getattr(value, "shape", value))
+        return f"a tensor of shape {shape}" if isinstance(value, Tensor) else f"shape {shape}"
+    return " ".join(str(getattr(value, "__name__", value)).split())[:200]
 
 
 def _need_tensor(name, tensor, device, shape, dtypes=None):
@@ -112,6 +126,7 @@ def _check(x, weight, bias, chunk=None, budget_mib=None):
         _need(tensor.ndim == 2 or name == "x" and tensor.ndim > 2, name, tensor.shape, form)
     vocab, hidden = weight.shape
     _need(vocab > 0 and hidden > 0, "weight", weight.shape, "at least one row and one column")
+    _need(x.device.type in ("cpu", "cuda"), "x", f"it on {x.device}", "it on cpu or cuda")
     auto = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if auto else x.dtype
     _need(dtype in LOGIT_BYTES, "x", dtype, "float32, bfloat16 or float16", TypeError)
@@ -126,7 +141,7 @@ def _check(x, weight, bias, chunk=None, budget_mib=None):
 
 
 def _check_labels(labels, x, ignore_index):
-    _need_number("ignore_index", ignore_index, -(2**63), integer=True)
+    _need_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, integer=True)
     _need_tensor("labels", labels, x.device, x.shape[:-1], (torch.int64, torch.int32))
     return labels.reshape(-1)
 
@@ -150,8 +165,8 @@ class _Head(NamedTuple):
 
 def _head(scale=1.0, softcap=None, post=1.0, smoothing=0.0, z_loss=0.0):
     for name, value in (("softcap", softcap), ("logit_scale", scale), ("1 / temperature", post)):
-        if value is not None:
-            _need_number(name, value, 0)
+        if value is not None or name != "softcap":  # the kernel's tanh is exact to 6e-8: times 1e4
+            _need_number(name, value, 0, 1e4 if name == "softcap" else math.inf)
             _need(value > 0, name, value, "more than 0")
     return _Head(float(scale), float(softcap or 0), float(post), float(smoothing), float(z_loss))
 
@@ -434,8 +449,13 @@ def _launch_rows(at, weights, loss, rows, grads, mean, entropy):
 def _run_rows(at, rows, weights=None, loss=None, grads=None, mean=False, entropy=False):
     """Statistics of the rows into `rows`; or from `grads` the products' gradient into at.out; or
     with `weights` both, and `loss`: the cross-entropy."""
-    run = _rows_torch if at.products.device.type == "cpu" else _launch_rows
-    run(at, weights, loss, rows, grads, mean, entropy)
+    if at.products.device.type != "cpu":
+        return _launch_rows(at, weights, loss, rows, grads, mean, entropy)
+    for i, j in _chunks(len(at.products), max(1, CPU_LOGITS // at.products.shape[1])):
+        part = at._replace(labels=at.labels[i:j], out=_part(at.out, i, j))
+        terms = _part(weights, i, j), _part(loss, i, j), _slice(rows, i, j)
+        grads_of = grads and _slice(grads, i, j)
+        _rows_torch(part._replace(products=at.products[i:j]), *terms, grads_of, mean, entropy)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1126,7 +1146,7 @@ def _items(num_items, x):
         num_items = num_items.reshape(()).to(x.device)
         return torch.where(num_items == 0, 1, num_items)
     _need_number("num_items", num_items, 0)
-    return num_items or 1
+    return float(num_items) or 1.0
 
 
 def linear_logsumexp(
@@ -1174,6 +1194,7 @@ def linear_logprobs(
     flat = _check(x, weight, bias, chunk)
     labels = _check_labels(labels, x, ignore_index)
     head = _head(1.0, softcap, _inverse(temperature))
+    _need(isinstance(entropy, bool), "entropy", entropy, "True or False", TypeError)
     sizes = chunk, None
     rows = _stats_of(flat, weight, bias, labels, head, ignore_index, sizes, entropy=entropy)
     logprobs = (rows.picked - rows.lse).reshape(x.shape[:-1])
@@ -1215,8 +1236,8 @@ def grpo_loss(
     """GRPO's loss over completions, float32 []; names and formulas as TRL's GRPOTrainer (whose own
     default loss_type is "dapo").
 
-    x [B, T, D] hidden states that predict labels [B, T], mask [B, T] (1 where a token counts),
-    advantages [B] or [B, T], old_logprobs and ref_logprobs [B, T] float (old None: on-policy, ratio
+    x [B, T, D] hidden states that predict labels [B, T], mask [B, T] (1 where a token counts; one
+    labelled -100 does not), advantages [B] or [B, T], old_logprobs and ref_logprobs [B, T] float (old None: on-policy, ratio
     1; ref is needed for beta > 0). A token's loss is -min(ratio * A, clip(ratio, 1 - epsilon,
     1 + epsilon_high) * A) + beta * KL, KL = exp(ref - logp) - (ref - logp) - 1; delta clips the
     ratio from above as well. Summed over tokens it is divided by (loss_type): the sequence's
@@ -1251,13 +1272,14 @@ def grpo_loss(
         advantages = advantages[:, None].expand(x.shape[:2])
     floats = {"mask": mask, "advantages": advantages}
     floats |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    _need_tensor("labels", labels, x.device, x.shape[:2])
-    for name, tensor in floats.items():
-        if tensor is not None or name == "mask":
+    for name, tensor in ({"labels": labels} | floats).items():
+        if tensor is not None or name in ("labels", "mask"):
             _need_tensor(name, tensor, x.device, x.shape[:2])
-            floats[name] = torch.where(mask != 0, tensor.detach().float(), 0)  # no -inf * 0
-    mask, advantages, old, ref = floats.values()
-    labels = _check_labels(torch.where(mask != 0, labels, IGNORE), x, IGNORE)
+    counts = (mask != 0) & (labels != IGNORE)
+    parts = (t if t is None else t.detach().float() for t in floats.values())
+    parts = (t if t is None else torch.where(counts, t, 0) for t in parts)  # no -inf * 0
+    mask, advantages, old, ref = parts
+    labels = _check_labels(torch.where(counts, labels, IGNORE), x, IGNORE)
     weights = mask / (mask.sum(1, keepdim=True).clamp(min=1) if loss_type == "grpo" else 1)
     items = None if num_items is None else _items(num_items, x)
     total = {"bnpo": mask.sum().clamp(min=1), "dapo": items, "cispo": items}
@@ -1426,15 +1448,16 @@ def _general(x, weight, labels, chunk=None, fn=_sum_cross_entropy, **options):
     return memory_efficient_linear(x, weight, fn, labels, chunk=chunk, **options)
 
 
-def _gpu(gib=0) -> bool:
+def _gpus() -> int:
+    """How many GPUs there are, if the kernel runs on the first."""
     able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 5)
-    return able and torch.cuda.mem_get_info()[0] >= gib * 2**30
+    return torch.cuda.device_count() if able else 0
 
 
-def _skip_unless_gpu(gib=0):
-    if not _gpu(gib):
+def _skip_unless(gpus, gib=0):
+    if _gpus() < gpus or gib and torch.cuda.mem_get_info()[0] < gib * 2**30:
         memory = f" and {gib} GiB free on it" if gib else ""
-        raise unittest.SkipTest(f"needs an NVIDIA GPU of capability 7.5 or more{memory}")
+        raise unittest.SkipTest(f"needs {gpus} NVIDIA GPU(s) of capability 7.5 or more{memory}")
 
 
 def _problem(n=23, d=8, v=37, dtype=torch.float32, device="cpu"):
@@ -1474,6 +1497,77 @@ def _close(got, want, tolerance, name=""):
 def _small(**constants):
     """Constants of this file, made small so that small tensors take many chunks."""
     return unittest.mock.patch.multiple(sys.modules[__name__], **constants)
+
+
+def _fuzz(check, **drawn):
+    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
+    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
+    import hypothesis
+
+    cases, seed = os.environ.get("FUZZ_CASES", FUZZ_CASES), os.environ.get("FUZZ_SEED", "0")
+    settings = hypothesis.settings(
+        max_examples=int(cases),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
+
+
+def _drawn(**more) -> dict:
+    """Strategies for the arguments of _random_problem, and more."""
+    from hypothesis import strategies as st
+
+    sizes = st.integers(1, 24), st.integers(1, 12), st.integers(1, 40)  # tokens, D, V
+    drawn = {"seed": st.integers(0, 2**31), "sizes": st.tuples(*sizes)}
+    drawn |= {"lead": st.sampled_from(((), (1,), (3,))), "dtype": st.sampled_from([*LOGIT_BYTES])}
+    drawn |= {"on": st.tuples(*[st.booleans()] * 3), "strided": st.booleans()}
+    return drawn | {name: st.sampled_from(values) for name, values in more.items()}
+
+
+def _random_problem(seed, sizes, lead, dtype, on, strided, ignore=IGNORE):
+    """x [*lead, n, D], weight, bias, trained where `on` says; labels, some ignored; the generator."""
+    rng, device, (n, d, v) = torch.Generator(), "cuda" if _gpus() else "cpu", sizes
+    rng.manual_seed(seed)
+    shapes, tensors = ((*lead, n, d), (v, d), (v,)), []
+    for shape, train in zip(shapes, on, strict=True):
+        tensor = torch.randn(shape, generator=rng).to(device, dtype)
+        tensor = torch.stack([tensor, tensor], -1)[..., 0] if strided else tensor
+        tensors.append(tensor.requires_grad_(train))
+    labels = torch.randint(0, v, (*lead, n), generator=rng)
+    labels[torch.rand(labels.shape, generator=rng) < 0.2] = ignore
+    return tensors, labels.to(device, torch.int32 if seed % 2 else torch.int64), rng
+
+
+ERRORS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of random problems
+
+
+def _check_near(ours, naive, tensors, rng, tiny):
+    """ours(*tensors) and its gradients as naive's in float64, for a random upstream gradient. The
+    limit goes by the size of all that is summed, which may be more than that of the sum."""
+    tensors = [t for t in tensors if t is not None]
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    small = {"PASS_MIB": 1e-3, "FROZEN_MIB": 1e-3, "LEAN_MIB": 1e-3}
+    on, results, upstream = [k for k, t in enumerate(tensors) if t.requires_grad], [], None
+    with _small(**small | {"ROWS": 8, "CPU_LOGITS": 99} if tiny else {"ROWS": ROWS}):
+        for run, given in (ours, tensors), (naive, doubles):
+            out = run(*given)
+            out = out if isinstance(out, Tensor) else torch.stack(out)
+            if upstream is None:
+                assert out.dtype == torch.float32 and out.requires_grad == bool(on)
+                upstream = torch.randn(out.shape, generator=rng).to(out)
+            inputs = [given[k] for k in on]
+            options = {"allow_unused": True, "materialize_grads": True}
+            if inputs and out.requires_grad:
+                grads = torch.autograd.grad(out, inputs, upstream.to(out), **options)
+            else:  # a naive one may have nothing that counts
+                grads = map(torch.zeros_like, inputs)
+            results.append([out, *grads])
+    size = (1 + max(t.detach().norm() for t in doubles)) * (1 + upstream.norm())
+    for k, got, want in zip((None, *on), *results, strict=True):
+        assert k is None or got.dtype == tensors[k].dtype
+        limit = ERRORS[tensors[0].dtype] * (want.norm() + size)
+        assert got.shape == want.shape and (got - want).norm() <= limit, (k, got, want)
 
 
 class _Watch(TorchDispatchMode):
@@ -1517,6 +1611,30 @@ def test_any_function_equals_the_unchunked_one():
         grads = _gradients(got, chosen)
         _close([got, *grads], [want, *_gradients(want, chosen)], 1e-5)
         _close(_gradients(got, chosen), grads, 0)  # a second backward of the same graph
+
+
+def test_fuzz_any_function():
+    def check(loss, total, tiny, given, taught, biased, **problem):
+        (x, weight, bias), labels, rng = _random_problem(**problem)
+        teacher = torch.randn(*x.shape[:-1], len(weight), generator=rng).to(x.device)
+        each = USER_LOSSES[loss]
+        fn = (lambda *a: each(*a).sum()) if total else each
+
+        def ours(x, weight, teacher, bias=None):
+            rest = labels.long(), teacher
+            return memory_efficient_linear(x, weight, fn, *rest, bias=bias, **given)
+
+        def naive(x, weight, teacher, bias=0):
+            logits = (x @ weight.t() + bias).flatten(0, -2)
+            out = fn(logits, labels.long().flatten(), teacher.flatten(0, -2))
+            return out if total else out.view(x.shape[:-1])
+
+        tensors = x, weight, teacher.requires_grad_(taught), bias if biased else None
+        _check_near(ours, naive, tensors, rng, tiny)
+
+    given = {}, {"chunk": 1}, {"chunk": 7}, {"chunk": 99}, {"budget_mib": 2}
+    options = {"loss": [*USER_LOSSES], "total": (False, True), "taught": (False, True)}
+    _fuzz(check, **_drawn(**options, tiny=(0, 1), given=given, biased=(0, 1)))
 
 
 def test_gradients_of_the_functions_own_arguments():
@@ -1620,6 +1738,39 @@ def _cross_entropy(x, weight, bias, labels, smoothing=0.0, softcap=None, scale=1
     return loss + z * logits.logsumexp(1) ** 2 * (labels != IGNORE)
 
 
+def _naive_cross_entropy(x, weight, labels, bias=None, ignore_index=IGNORE, reduction="mean", **o):
+    """The same with linear_cross_entropy's arguments, those that change the result."""
+    labels = torch.where(labels == ignore_index, IGNORE, labels.long()).flatten()
+    logits = o.get("softcap"), o.get("logit_scale", 1.0)
+    given = x.flatten(0, -2), weight, 0 if bias is None else bias, labels
+    each = _cross_entropy(*given, o.get("label_smoothing", 0.0), *logits, o.get("z_loss", 0.0))
+    if reduction == "none":
+        return each.view(x.shape[:-1])
+    count = (labels != IGNORE).sum().clamp(min=1) if reduction == "mean" else 1
+    return each.sum() / (count if o.get("num_items") is None else o["num_items"] or 1)
+
+
+def test_fuzz_cross_entropy():
+    from hypothesis import strategies as st
+
+    def check(biased, tiny, low, given, options, **problem):
+        (x, weight, bias), labels, rng = _random_problem(**problem, ignore=options["ignore_index"])
+        given = given | ({"accum_dtype": x.dtype} if low and x.dtype == torch.bfloat16 else {})
+        if options["reduction"] == "none":
+            options = options | {"num_items": None}
+        ours = lambda x, w, b=None: linear_cross_entropy(x, w, labels, bias=b, **options, **given)
+        naive = lambda x, w, b=None: _naive_cross_entropy(x, w, labels, b, **options)
+        _check_near(ours, naive, (x, weight, bias if biased else None), rng, tiny)
+
+    given = {}, {"chunk": 1}, {"chunk": 3}, {"chunk": 99}, {"budget_mib": 2}
+    drawn = _drawn(biased=(0, 1), tiny=(0, 1), low=(0, 1), given=given)
+    options = {"reduction": ("mean", "sum", "none"), "label_smoothing": (0, 0.1, 1)}
+    options |= {"softcap": (None, 0.5, 30), "logit_scale": (1.0, 0.3, 2), "z_loss": (0, 0.01)}
+    options |= {"ignore_index": (IGNORE, 0, -1), "num_items": (None, 0, 7, torch.tensor(5))}
+    options = {name: st.sampled_from(values) for name, values in options.items()}
+    _fuzz(check, **drawn, options=st.fixed_dictionaries(options))
+
+
 def test_cross_entropy_equals_the_definition():
     x, weight, bias, labels = _problem(37, 16, 101)
     inputs, count = (x, weight, bias), (labels != IGNORE).sum()
@@ -1657,13 +1808,14 @@ def test_low_precision_is_no_worse_than_the_plain_path(device="cpu"):
     options = {}, {"chunk": 64}, {"budget_mib": 2}
     ways = [functools.partial(linear_cross_entropy, **option) for option in options]
     ways += [mean(linear_cross_entropy, reduction="none"), mean(_general, chunk=16)]
-    lean = functools.partial(linear_cross_entropy, chunk=64, accum_dtype=torch.bfloat16)
+    twice = functools.partial(linear_cross_entropy, accum_dtype=torch.bfloat16)  # a second pass
+    lean = functools.partial(twice, chunk=64)
     for dtype, v in itertools.product((torch.bfloat16, torch.float16), (1001, 1024)):
         x, weight, _, labels = _problem(300, 64, v, dtype, device)
         run = functools.partial(_run, x, weight, labels)
         want, own = run(exact), run(plain)
-        with _small(ROWS=64, PASS_MIB=0.1, FEW_ROWS=4):
-            for way in [*ways, lean] if dtype == torch.bfloat16 else ways:
+        with _small(ROWS=64, PASS_MIB=0.1, LEAN_MIB=0.1):
+            for way in [*ways, twice, lean] if dtype == torch.bfloat16 else ways:
                 for got, right, theirs in zip(run(way), want, own, strict=True):
                     factor = 1.5 if way is lean else 1.05
                     assert _error(got, right) <= factor * _error(theirs, right) + 1e-4, (way, dtype)
@@ -1716,6 +1868,37 @@ def test_logprobs_entropy_and_logsumexp():
                 _close(*(_gradients(m, (x, weight, bias)) for m in mix), 1e-5)
 
 
+def _naive_logprobs(x, weight, labels, bias=None, temperature=1.0, softcap=None, **o):
+    """(log-probability, entropy, logsumexp, the label's logit) with linear_logprobs' arguments."""
+    live = labels != o.get("ignore_index", IGNORE)
+    logits = (x @ weight.t() + (0 if bias is None else bias)) * o.get("logit_scale", 1.0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits, index = logits / temperature, torch.where(live, labels, 0).long()[..., None]
+    logs, pick = torch.log_softmax(logits, -1), lambda t: t.gather(-1, index)[..., 0]
+    results = pick(logs), -(logs.exp() * logs).sum(-1), logits.logsumexp(-1), pick(logits)
+    return [result * live for result in results]
+
+
+def test_fuzz_logprobs_and_logsumexp():
+    def check(entropy, heat, scale, softcap, ignore, chunk, biased, tiny, **problem):
+        (x, weight, bias), labels, rng = _random_problem(**problem, ignore=ignore)
+        options = {"softcap": softcap, "ignore_index": ignore, "chunk": chunk}
+        function, other = linear_logsumexp, {"logit_scale": scale}
+        if entropy is not None:
+            function, other = linear_logprobs, {"temperature": heat}
+        part = slice(2, 4) if entropy is None else slice(0, 1 + entropy)
+        ours = functools.partial(function, **options, **other)
+        ours = ours if not entropy else functools.partial(ours, entropy=True)
+        run = lambda x, w, b=None: ours(x, w, labels, bias=b)
+        naive = lambda x, w, b=None: _naive_logprobs(x, w, labels, b, **options, **other)[part]
+        one = lambda *a: naive(*a)[0] if entropy is False else naive(*a)
+        _check_near(run, one, (x, weight, bias if biased else None), rng, tiny)
+
+    options = {"entropy": (None, False, True), "heat": (1, 0.7, 3.0), "scale": (1, 0.5)}
+    options |= {"softcap": (None, 0.5, 30), "ignore": (IGNORE, 0), "chunk": (None, 1, 5)}
+    _fuzz(check, **_drawn(**options, biased=(0, 1), tiny=(0, 1)))
+
+
 def _naive_grpo(logits, labels, advantages, mask, old=None, ref=None, policy=None, *rest):
     """TRL's formulas over all the logits; items: num_items, or tokens of a longest completion."""
     beta, low, high, delta = policy or (0.0, 0.2, 0.2, None)
@@ -1724,7 +1907,8 @@ def _naive_grpo(logits, labels, advantages, mask, old=None, ref=None, policy=Non
     log_ratio = logp - (logp.detach() if old is None else old)
     if level == "sequence":
         log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1))[:, None]
-    ratio, advantages = log_ratio.exp(), advantages[:, None]
+    ratio = log_ratio.exp()
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     if kind == "cispo":
         loss = -ratio.clamp(max=high).detach() * advantages * logp
     else:
@@ -1748,7 +1932,8 @@ def test_grpo_equals_the_naive_one():
     logp = torch.log_softmax(logits.detach(), -1).gather(-1, labels[..., None])[..., 0]
     old, ref = (logp + 0.4 * torch.randn(batch, tokens) for _ in range(2))
     unseen = torch.where(mask, labels, v + 5)  # where nothing counts nothing is looked at
-    old_unseen = torch.where(mask, old, -math.inf)
+    old_unseen, given = torch.where(mask, old, -math.inf), mask.clone()
+    mask[3, 0], given[3, 0], unseen[3, 0] = False, True, IGNORE  # a token labelled so is masked too
     levels = "token", "sequence"
     for kind, level, off, beta, delta in itertools.product(
         LOSS_TYPES, levels, (None, old), (0.0, 0.1), (None, 1.3)
@@ -1761,11 +1946,58 @@ def test_grpo_equals_the_naive_one():
         options |= {"beta": beta, "delta": delta}
         options |= {"epsilon_high": high, "loss_type": kind, "importance_sampling_level": level}
         options |= {"max_completion_length": 16, "num_items": torch.tensor(16.0), "chunk": 8}
-        run = lambda o=options: grpo_loss(x, weight, unseen, advantages, mask, temperature=0.9, **o)
+        run = lambda o=options: grpo_loss(
+            x, weight, unseen, advantages, given, temperature=0.9, **o
+        )
         got, inputs = run(), (x, weight)
         _close([got, *_gradients(got, inputs)], [want, *_gradients(want, inputs)], 1e-4, options)
         with torch.no_grad():
             _close([run()], [want], 1e-4)
+
+
+def test_fuzz_grpo():
+    def check(kind, level, off, beta, high, delta, per_token, given, softcap, biased, tiny, **rest):
+        (x, weight, bias), labels, rng = _random_problem(**rest, ignore=0)
+        x = x if x.ndim == 3 else x.detach()[None].requires_grad_(x.requires_grad)
+        labels, uniform = labels.view(x.shape[:2]), lambda *size: torch.rand(size, generator=rng)
+        mask = (uniform(*labels.shape) < 0.7).float().to(x.device)
+        advantages = torch.randn(labels.shape[: 1 + per_token], generator=rng).to(x.device)
+        exact = _naive_logprobs(
+            *(t.detach().double() for t in (x, weight)),
+            labels,
+            bias.detach() * biased,
+            0.9,
+            softcap,
+            ignore_index=-1,
+        )[0]
+        # Ratios far from where they are clipped, or rounding would decide
+        steps = torch.tensor([-0.6, -0.1, 0.0, 0.1, 0.5])
+        tokens = labels.shape[1] if level == "token" else 1
+        steps = steps[torch.randint(0, 5, (len(labels), tokens), generator=rng)].to(x.device)
+        old, ref = (exact + steps).float() if off else None, (exact - 0.3).float()
+        high = 2.0 if kind == "cispo" else high
+        options = {"old_logprobs": old, "ref_logprobs": ref, "beta": beta, "delta": delta}
+        options |= {"epsilon_high": high, "loss_type": kind, "importance_sampling_level": level}
+        options |= {"max_completion_length": 16, "num_items": 16.0, "temperature": 0.9}
+        policy = beta, 0.2, 0.2 if high is None else high, delta
+
+        def ours(x, weight, bias=None):
+            more = {"bias": bias, "softcap": softcap} | given
+            return grpo_loss(x, weight, labels, advantages, mask, **options, **more)
+
+        def naive(x, weight, bias=0):
+            logits = x @ weight.t() + bias
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            more = labels.long(), advantages, mask, old, ref, policy, kind, level, 16
+            return _naive_grpo(logits / 0.9, *more)
+
+        _check_near(ours, naive, (x, weight, bias if biased else None), rng, tiny)
+
+    options = {"kind": LOSS_TYPES, "level": ("token", "sequence"), "off": (False, True)}
+    options |= {"beta": (0.0, 0.1), "high": (None, 0.28), "delta": (None, 1.3)}
+    options |= {"per_token": (False, True), "softcap": (None, 2.0), "biased": (0, 1)}
+    given = {}, {"chunk": 1}, {"chunk": 5}, {"budget_mib": 2}
+    _fuzz(check, **_drawn(**options, given=given, tiny=(0, 1)))
 
 
 def test_largest_tensor_alive():
@@ -1834,6 +2066,41 @@ def test_causal_language_models_train_through_it():
     model.loss_function = lambda logits, labels, **_: F.cross_entropy(logits[0], labels[0])
     with _raises(ValueError, "LlamaForCausalLM: found a loss of"):
         patch_causal_lm(model)
+
+
+def test_fuzz_causal_language_models():
+    """Any head's options and labels: the stock loss and gradients."""
+    from hypothesis import strategies as st
+
+    def check(kind, vocab, tied, cap, shape, items, given, share, seed):
+        config = {"vocab_size": vocab, "tie_word_embeddings": tied, "num_hidden_layers": 1}
+        caps = {"Cohere": "logit_scale", "Granite": "logits_scaling"}
+        caps["Gemma2"] = "final_logit_softcapping"
+        config |= {caps[kind]: cap} if kind in caps else {}
+        model = _tiny(kind, **config)
+        torch.manual_seed(seed)
+        ids = torch.randint(0, vocab, shape)
+        labels = ids.masked_fill(torch.rand(shape) < share, IGNORE)
+        labels[:, -1] = ids[:, -1]  # of none that counts stock's loss is nan
+        options = {} if items is None else {"num_items_in_batch": items}
+        if given:
+            options["shift_labels"] = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].contiguous()
+        results = []
+        for patched in (False, True):
+            patch_causal_lm(model) if patched else None
+            out = model(input_ids=ids, labels=labels, **options)
+            model.zero_grad()
+            out.loss.backward()
+            grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            results.append([out.loss.detach(), *grads])
+        _close(*results[::-1], 1e-4, kind)
+
+    options = {"kind": ("Llama", "Gemma2", "Cohere", "Granite"), "vocab": (2, 37, 256)}
+    options |= {"tied": (False, True), "cap": (0.5, 5.0), "shape": ((1, 2), (2, 9), (3, 24))}
+    options |= {"items": (None, 7, torch.tensor(20)), "given": (False, True)}
+    options |= {"share": (0.0, 0.5), "seed": range(100)}
+    with _small(ROWS=8):
+        _fuzz(check, **{name: st.sampled_from(values) for name, values in options.items()})
 
 
 def _text(steps, batch, length):
@@ -1918,6 +2185,7 @@ def test_errors_name_what_was_found_and_needed():
         (TypeError, "weight: found torch.float64, need torch.float32", ce, x, double, labels),
         (TypeError, "x: found torch.float64, need float32", ce, x.double(), weight, labels),
         (ValueError, "weight: found meta, need cpu as x", ce, x, weight.to("meta"), labels),
+        (ValueError, "x: found it on meta, need it on cpu", ce, x.to("meta"), weight, labels),
         (ValueError, "labels: found shape [22], need shape [23]", ce, x, weight, labels[1:]),
         (TypeError, "labels: found torch.float32, need torch.int64", ce, x, weight, labels.float()),
         (ValueError, "labels: found [37], need 0 to 36 or -100", linear_logprobs, x, weight, far),
@@ -1939,6 +2207,10 @@ def test_errors_name_what_was_found_and_needed():
         (TypeError, "chunk: found 2.5, need an integer", {"chunk": 2.5}),
         (ValueError, "chunk: found budget_mib as well", {"chunk": 8, "budget_mib": 8}),
         (TypeError, "ignore_index: found None, need an integer", {"ignore_index": None}),
+        (ValueError, f"ignore_index: found {2**70}, need", {"ignore_index": 2**70}),
+        (TypeError, "logit_scale: found None, need a number", {"logit_scale": None}),
+        (TypeError, "z_loss: found a tensor of shape [37, 8], need a number", {"z_loss": weight}),
+        (ValueError, "softcap: found 1000000.0, need 0 to 10000", {"softcap": 1e6}),
         (ValueError, "num_items: found shape [2], need one", {"num_items": torch.ones(2)}),
         (ValueError, "budget_mib: found 1, need 2 or more", {"budget_mib": 1}),
         (ValueError, "reduction: found max, need mean, sum or none", {"reduction": "max"}),
@@ -1963,46 +2235,140 @@ def test_errors_name_what_was_found_and_needed():
             grpo_loss(x, weight, labels, torch.ones(1), mask, **option)
 
 
-def _check_kernel(device):
-    """_row_kernel against _rows_torch: whole rows and slabs, odd sizes, options, dtypes."""
-    heads = _Head(), _Head(0.7, 5.0, 1.3, 0.1, 0.2), _Head(0.5, 0.0, 1.0, 0.0, 0.1)
-    sizes = (5, 1000, 0, 1000), (4, 300, 704, 1500), (3, 7, 0, 7), (2, 257, 8, 300)
-    flags, modes = itertools.product((False, True), repeat=3), ("stats", "both", "grads")
-    cases = []
-    for size, head, mode, dtype, flag in itertools.product(sizes, heads, modes, LOGIT_BYTES, flags):
-        both = not flag[1] and flag[0] == (head.smoothing > 0) and size[1] == size[3]
-        cases += [(*size, head, mode, dtype, *flag)] if both or mode != "both" else []
-    for n, cols, first, vocab, head, mode, dtype, mean, entropy, biased in cases[::7]:
-        wide = torch.float32 if dtype == torch.float16 else dtype  # fp16 inputs: float32 products
-        products = torch.randn(n, _even(cols), device=device).to(wide)[:, :cols] * 3
-        labels = torch.randint(0, vocab, (n,), device=device)
-        labels[0], products[0, :3] = IGNORE, math.nan  # of an ignored row nothing is read
-        bias = torch.linspace(-1, 1, cols, device=device) if biased else None
-        weights = torch.linspace(0.5, 1, n, device=device) if mode == "both" else None
-        grads = _Stats(*(torch.randn(n, device=device) * on for on in (1, 1, mean, entropy)))
-        results = []
-        for run in (_rows_torch, _launch_rows):
-            stats, loss, p = _new_stats(n, device), torch.zeros(n, device=device), products.clone()
-            out = p if wide == dtype else torch.empty_like(p, dtype=dtype)
-            at = _Rows(p, out, bias, labels, first, vocab, IGNORE, head)
-            if mode == "grads":
-                _rows_torch(at._replace(out=None), None, None, stats, None, True, True)
-            run(at, weights, loss, stats, grads if mode == "grads" else None, mean, entropy)
-            assert mode == "stats" or not out[0].any()
-            kept = [stats.lse, stats.picked, stats.mean * mean, stats.entropy * entropy, loss]
-            results.append([t[1:].float() for t in [*kept, *([] if mode == "stats" else [out])]])
-        for k, (want, got) in enumerate(zip(*results, strict=True)):
-            limit = 2e-4 if k < 5 or dtype == torch.float32 else 2e-2
-            assert torch.allclose(got, want, limit, limit), (n, cols, head, mode, dtype, k)
+def test_fuzz_broken_arguments_are_refused():
+    """One argument with another value: the right result for what it then says, or one line."""
+    from hypothesis import strategies as st
+
+    problem = 0, (5, 4, 7), (2,), torch.float32, (True,) * 3, False
+    x, weight, bias = (t.detach().cpu().requires_grad_() for t in _random_problem(*problem)[0])
+    labels = torch.randint(0, 7, (2, 5))
+    ones = torch.ones(2, 5)
+    square, flat = lambda logits: (logits**2).sum(), lambda x: x.reshape(-1)
+    policy = {"old_logprobs": -2 * ones, "ref_logprobs": -2.2 * ones, "beta": 0.1, "delta": 1.3}
+    policy |= {"epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "grpo", "num_items": 3}
+    policy |= {"importance_sampling_level": "token", "max_completion_length": 9}
+    sized, head = {"chunk": None, "budget_mib": None}, {"softcap": 2.0, "bias": bias}
+    plain = head | {"x": x, "weight": weight, "labels": labels, "ignore_index": IGNORE}
+    entropy = {"reduction": "mean", "label_smoothing": 0.1, "logit_scale": 0.5, "z_loss": 0.01}
+    entropy |= {"num_items": None, "accum_dtype": torch.float32}
+
+    def naive_grpo(x, weight, labels, advantages, mask, bias, softcap, temperature, **o):
+        logits = x @ weight.t() + (0 if bias is None else bias)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
+        rest = o["old_logprobs"], o["ref_logprobs"], (o["beta"], o["epsilon"], high, o["delta"])
+        items = {"dr_grpo": o["max_completion_length"]}.get(o["loss_type"], o["num_items"] or 1)
+        rest = *rest, o["loss_type"], o["importance_sampling_level"], items
+        mask = mask * (labels != IGNORE)
+        labels = torch.where(mask != 0, labels, 0).long()
+        return _naive_grpo(logits / temperature, labels, advantages, mask, *rest)
+
+    def naive_any(x, weight, fn, bias, **_):
+        return fn((x @ weight.t() + (0 if bias is None else bias)).flatten(0, -2))
+
+    functions = {  # the arguments, and what gives the right result
+        linear_cross_entropy: (plain | entropy | sized, _naive_cross_entropy),
+        linear_logprobs: (
+            plain | {"temperature": 0.9, "chunk": None, "entropy": True},
+            lambda entropy, **o: _naive_logprobs(**o)[: 2 if entropy else 1],
+        ),
+        linear_logsumexp: (
+            plain | {"logit_scale": 0.5, "chunk": None},
+            lambda **o: _naive_logprobs(**o)[2:],
+        ),
+        grpo_loss: (
+            plain | policy | sized | {"advantages": ones[:, 0], "mask": ones, "temperature": 0.9},
+            naive_grpo,
+        ),
+        memory_efficient_linear: (
+            sized | {"x": x, "weight": weight, "bias": bias, "fn": square},
+            naive_any,
+        ),
+        patch_causal_lm: ({"model": None, "loss": None}, None),
+    }
+    del functions[grpo_loss][0]["ignore_index"]
+    functions[grpo_loss][0]["labels"] = labels.clamp(min=0)
+    values = [
+        None,
+        0,
+        1,
+        3,
+        -1,
+        0.5,
+        1.5,
+        math.nan,
+        math.inf,
+        1e30,
+        2**70,
+        True,
+        "mean",
+        "bnpo",
+        (),
+        [1],
+    ]
+    values += [torch.zeros(size) for size in ((), (2,), (7,), (2, 5), (7, 4), (2, 5, 4), (0, 4))]
+    values += [torch.full((2, 5), n) for n in (0, 6, 7, -1, IGNORE)]
+    values += [
+        t.detach().to(kind) for t in (x, weight) for kind in (torch.float64, "meta", torch.int)
+    ]
+    values += [torch.bfloat16, square, labels.to("meta"), flat(x), x.mT, torch.nn.Identity()]
+    names = [(f, name) for f, (given, _) in functions.items() for name in given]
+    cases = itertools.product(names, values)
+    cases = st.sampled_from([(*name, value) for name, value in cases])
+
+    def check(cases):
+        for case in cases:
+            call(*case)
+
+    def call(function, name, value):
+        given, naive = functions[function]
+        given = given | {name: value}
+        try:
+            got = function(**given)
+        except (TypeError, ValueError) as error:
+            assert "found" in str(error) and "\n" not in str(error), error
+            return
+        given = {k: float(a) if type(a) is int and a > 99 else a for k, a in given.items()}
+        exact = lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+        wants = naive(**{k: exact(a) for k, a in given.items()})
+        gots, wants = ([t] if isinstance(t, Tensor) else t for t in (got, wants))
+        for got, want in zip(gots, wants, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+    _fuzz(check, cases=st.lists(cases, min_size=20, max_size=20))
 
 
-def test_row_kernel():
+def _check_rows(device, n, cols, first, vocab, head, mode, dtype, mean, entropy, biased):
+    """_row_kernel against _rows_torch on random rows, the first of them ignored."""
+    wide = torch.float32 if dtype == torch.float16 else dtype  # fp16 inputs: float32 products
+    products = torch.randn(n, _even(cols), device=device).to(wide)[:, :cols] * 3
+    labels = torch.randint(0, vocab, (n,), device=device)
+    labels[0], products[0, :3] = IGNORE, math.nan  # of an ignored row nothing is read
+    bias = torch.linspace(-1, 1, cols, device=device) if biased else None
+    weights = torch.linspace(0.5, 1, n, device=device) if mode == "both" else None
+    grads = _Stats(*(torch.randn(n, device=device) * on for on in (1, 1, mean, entropy)))
+    results = []
+    for run in (_rows_torch, _launch_rows):
+        stats, loss, p = _new_stats(n, device), torch.zeros(n, device=device), products.clone()
+        out = p if wide == dtype else torch.empty_like(p, dtype=dtype)
+        at = _Rows(p, out, bias, labels, first, vocab, IGNORE, head)
+        if mode == "grads":
+            _rows_torch(at._replace(out=None), None, None, stats, None, True, True)
+        run(at, weights, loss, stats, grads if mode == "grads" else None, mean, entropy)
+        assert mode == "stats" or not out[0].any()
+        kept = [stats.lse, stats.picked, stats.mean * mean, stats.entropy * entropy, loss]
+        results.append([t[1:].float() for t in [*kept, *([] if mode == "stats" else [out])]])
+    for k, (want, got) in enumerate(zip(*results, strict=True)):
+        limit = 2e-4 if k < 5 or dtype == torch.float32 else 2e-2
+        assert torch.allclose(got, want, limit, limit), (n, cols, head, mode, dtype, k)
+
+
+def _on_gpu_or_interpreted(check):
     """On the GPU; without one in Triton's interpreter, which has to be chosen before the import."""
-    if _gpu():
-        return _check_kernel("cuda")
-    done = _run_python(
-        f"import {Path(__file__).stem} as c; c._check_kernel('cpu')", TRITON_INTERPRET="1"
-    )
+    if _gpus():
+        return check("cuda")
+    code = f"import {Path(__file__).stem} as c; c.{check.__name__}('cpu')"
+    done = _run_python(code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -2011,6 +2377,52 @@ def _run_python(code, **env):
     env = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"} | env
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+HEADS = _Head(), _Head(0.7, 5.0, 1.3, 0.1, 0.2), _Head(0.5, 0.0, 1.0, 0.0, 0.1)
+MODES = "stats", "both", "grads"
+
+
+def _runs_so(first, cols, vocab, head, mode, mean, entropy) -> bool:
+    """Statistics and gradient together are of whole rows, and of the cross-entropy."""
+    both = not entropy and mean == (head.smoothing > 0) and not first and cols == vocab
+    return both or mode != "both"
+
+
+def _check_kernel(device):
+    """Whole rows and slabs, odd sizes, options, dtypes."""
+    sizes = (5, 1000, 0, 1000), (4, 300, 704, 1500), (3, 7, 0, 7), (2, 257, 8, 300)
+    flags, cases = itertools.product((False, True), repeat=3), []
+    for size, head, mode, dtype, flag in itertools.product(sizes, HEADS, MODES, LOGIT_BYTES, flags):
+        so = _runs_so(size[2], size[1], size[3], head, mode, *flag[:2])
+        cases += [(*size, head, mode, dtype, *flag)] if so else []
+    for case in cases[::7]:
+        _check_rows(device, *case)
+
+
+def test_row_kernel():
+    _on_gpu_or_interpreted(_check_kernel)
+
+
+def _fuzz_kernel(device):
+    from hypothesis import strategies as st
+
+    def check(rows, cols, first, past, head, mode, dtype, mean, entropy, biased):
+        first, vocab = (0, cols) if mode == "both" else (first, first + cols + past)
+        if mode == "both":
+            mean, entropy = head.smoothing > 0, False
+        torch.manual_seed(cols)
+        _check_rows(device, rows, cols, first, vocab, head, mode, dtype, mean, entropy, biased)
+
+    drawn = {"rows": st.integers(2, 5), "cols": st.integers(1, 2500), "first": st.integers(0, 99)}
+    drawn |= {"past": st.integers(0, 99), "head": st.sampled_from(HEADS)}
+    drawn |= {"mode": st.sampled_from(MODES), "dtype": st.sampled_from([*LOGIT_BYTES])}
+    drawn |= {name: st.booleans() for name in ("mean", "entropy", "biased")}
+    _fuzz(check, **drawn)
+
+
+def test_fuzz_row_kernel():
+    _on_gpu_or_interpreted(_fuzz_kernel)
 
 
 def _compile_rows(sm, dtype, biased, flags):
@@ -2045,13 +2457,59 @@ def test_every_architecture_compiles_without_spills():
             assert re.search(r"STACK:0\b.*LOCAL:0\b", usage), (sm, dtype, flags, usage)
 
 
+def _main(*args, **changed):
+    """(exit code, lines of stdout, lines of stderr) of main, with this file's names changed."""
+    out, err = io.StringIO(), io.StringIO()
+    to, changes = contextlib.redirect_stdout(out), _small(**changed or {"ROWS": ROWS})
+    with to, contextlib.redirect_stderr(err), changes:
+        code = main([*map(str, args)])
+    return code, out.getvalue().splitlines(), err.getvalue().splitlines()
+
+
+def test_faults_end_in_one_line_and_a_code():
+    full, memory = OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA: 1 GiB")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "made", "ce.json")
+        for code, words, fault in (
+            (130, "interrupted", KeyboardInterrupt()),
+            (1, "out of memory: CUDA: 1 GiB, need a larger GPU or fewer of --only", memory),
+            (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
+            (77, "found no unknown, need requirements.txt", ImportError(name="unknown")),
+            (2, f"{path}: found No space left on device, need room", full),
+            (0, "", None),
+        ):
+            timing = unittest.mock.Mock(return_value={"a_ms": 2.0})
+            timing.side_effect = None if fault is full else fault
+            disk = unittest.mock.patch.object(Path, "replace", side_effect=full)
+            with disk if fault is full else contextlib.nullcontext():
+                rest = "--only", "grpo", "--json", path
+                got, out, err = _main("--bench", *rest, TIMINGS={"grpo": timing})
+            assert got == code and len(err) == (code > 0), err
+            assert code == 0 or err[0].startswith(f"chunked_ce: {words}"), err
+            assert out[-1].startswith(f"RESULT chunked_ce {'FAIL' if code else 'PASS'} checks=0")
+            assert [p.name for p in path.parent.iterdir()] == ([] if code else [path.name])
+        for words, *args in (
+            ("--only: found lama, need of challenge, gemma-2b", "--only", "lama"),
+            ("--fuzz: found 0, need 1 or more", "--fuzz", 0),
+            ("--seed: found -1, need 0", "--seed", -1),
+            (f"--plot, --json: found the directory {folder}, need a file", "--json", folder),
+            (f"{path}: found ", "--plot", path / "a.png"),
+        ):
+            code, out, err = _main("--bench", *args)
+            assert code == 2 and len(err) == 1 and err[0].startswith(f"chunked_ce: {words}"), err
+    old = {"is_available": lambda: True, "get_device_capability": lambda *_: (6, 1)}
+    with unittest.mock.patch.multiple(torch.cuda, **old, get_device_name=lambda *_: "P100"):
+        code, out, _ = _main("--bench", "--only", "lama")
+    assert out[1] == "chunked_ce: found P100, need compute capability 7.5: everything on the CPU"
+
+
 def test_low_precision_on_gpu():
-    _skip_unless_gpu()
+    _skip_unless(gpus=1)
     test_low_precision_is_no_worse_than_the_plain_path("cuda")
 
 
 def test_gpu_streams_without_synchronisation_and_compiled_callers():
-    _skip_unless_gpu(2)
+    _skip_unless(gpus=1, gib=2)
     x, weight, bias, labels = _problem(3000, 256, 5003, torch.bfloat16, "cuda")
     losses = [functools.partial(linear_cross_entropy, bias=bias, chunk=1024)]
     losses += [lambda *a: linear_logprobs(*a).sum(), functools.partial(_general, chunk=512)]
@@ -2079,8 +2537,7 @@ def test_gpu_streams_without_synchronisation_and_compiled_callers():
 
 def test_models_on_two_gpus():
     """Replicated by DataParallel (what Trainer does in one process), or split by a device_map."""
-    if torch.cuda.device_count() < 2:
-        raise unittest.SkipTest("needs two NVIDIA GPUs of capability 7.5 or more")
+    _skip_unless(gpus=2)
     from accelerate import dispatch_model
 
     ids, results = torch.randint(0, 256, (4, 24)).cuda(), []
@@ -2101,7 +2558,7 @@ def test_models_on_two_gpus():
 
 
 def test_labels_out_of_range_stop_the_gpu():
-    _skip_unless_gpu()
+    _skip_unless(gpus=1)
     code = f"import torch, {Path(__file__).stem} as c; x = torch.ones(4, 8, device='cuda')\n"
     code += "c.linear_cross_entropy(x, x, torch.tensor([0, 1, 4, -100], device='cuda')).item()"
     done = _run_python(code)
@@ -2109,7 +2566,7 @@ def test_labels_out_of_range_stop_the_gpu():
 
 
 def test_more_than_2_31_logits_in_a_chunk():
-    _skip_unless_gpu(16)
+    _skip_unless(gpus=1, gib=16)
     n, v = 2**14 + 8, 2**17
     x, weight, _, labels = _problem(n, 16, v, torch.bfloat16, "cuda")
     small, large = (linear_cross_entropy(x, weight, labels, chunk=chunk) for chunk in (512, n))
@@ -2118,7 +2575,7 @@ def test_more_than_2_31_logits_in_a_chunk():
 
 
 def test_the_challenge_takes_half_the_memory_or_less():
-    _skip_unless_gpu(48)
+    _skip_unless(gpus=1, gib=48)
     x, weight, labels = _random(*SHAPES["challenge"])
     ways = _plain, lambda *a: _general(*a) / len(x), linear_cross_entropy
     runs = [functools.partial(loss, x, weight, labels) for loss in ways]
@@ -2128,7 +2585,7 @@ def test_the_challenge_takes_half_the_memory_or_less():
 
 
 def test_llama_1b_training_loss_matches_stock():
-    _skip_unless_gpu(60)
+    _skip_unless(gpus=1, gib=60)
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
     sizes |= {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
     batches = _text(60, 4, 512).cuda()
@@ -2139,15 +2596,22 @@ def test_llama_1b_training_loss_matches_stock():
 # --------------------------------------------------------------------------------------------------
 # Timings: every figure with its peers in the same run, in turns
 
-SHAPES = {"challenge": (16384, 4096, 131072), "Gemma 2 2B": (8192, 2304, 256000)}  # tokens, D, V
-SHAPES |= {"Llama 1B": (8192, 2048, 128256), "Llama 8B": (8192, 4096, 128256)}
+SHAPES = {"challenge": (16384, 4096, 131072), "gemma-2b": (8192, 2304, 256000)}  # tokens, D, V
+SHAPES |= {"llama-1b": (8192, 2048, 128256), "llama-8b": (8192, 4096, 128256)}
+
+
+def _shape(name):
+    """One of SHAPES; on a CPU a small one like it."""
+    n, d, v = SHAPES[name]
+    return (n, d, v) if _gpus() else (n // 64, d // 16, v // 16)
 
 
 def _random(n, d, v, frozen=False):
-    torch.manual_seed(0)
-    options = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(torch.initial_seed())  # whatever ran before, the same tensors
+    gpu = _gpus() > 0
+    options = {"device": "cuda" if gpu else "cpu", "dtype": torch.bfloat16 if gpu else None}
     x, weight = torch.randn(n, d, **options), torch.randn(v, d, **options) * 0.02
-    labels = torch.randint(0, v, (n,), device="cuda")
+    labels = torch.randint(0, v, (n,), device=x.device)
     return x.requires_grad_(), weight.requires_grad_(not frozen), labels
 
 
@@ -2165,32 +2629,60 @@ def _peak_mib(run, inputs):
     for tensor in inputs:
         tensor.grad = None
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _backward(run, inputs)
+    if _gpus():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _backward(run, inputs)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = _cpu_peak(functools.partial(_backward, run, inputs))
     kept = sum(t.grad.nbytes for t in inputs if t.grad is not None)
-    return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+    return (peak - kept) / 2**20
+
+
+def _cpu_peak(run) -> int:
+    """The most bytes of tensors that run() has at one time, as the profiler hears of them."""
+    screen = os.dup(2)
+    with open(os.devnull, "w") as nowhere:  # the profiler writes there that it begins and ends
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
+                run()
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 def _plain(x, weight, labels):
     return F.cross_entropy((x @ weight.t()).float(), labels)
 
 
+def _lean(frozen=False) -> dict:
+    """Name -> ours in little memory: 64 MiB, or 4 of a CPU's small shapes."""
+    mib, low = 64 if _gpus() else 4, _gpus() and not frozen
+    options = {"accum_dtype": torch.bfloat16} if low else {}
+    return {f"ours, {mib} MiB": functools.partial(linear_cross_entropy, budget_mib=mib, **options)}
+
+
 def _ways(frozen) -> dict:
     """Name -> loss of (x, weight, labels): ours, then what is installed of the peers."""
     mean = lambda x, w, y, **options: _general(x, w, y, **options) / len(y)
-    lean = {} if frozen else {"accum_dtype": torch.bfloat16}
-    ways = {"ours": linear_cross_entropy}
+    ways = {"ours": linear_cross_entropy} | _lean(frozen) | {"general": mean, "eager": _plain}
+    if hasattr(F, "linear_cross_entropy"):
+        ways["torch's own"] = F.linear_cross_entropy
+    if not _gpus():
+        return ways
     if frozen:
         ways["ours, 160 MiB"] = functools.partial(linear_cross_entropy, budget_mib=160)
     else:
-        ways["ours, dW in bf16"] = functools.partial(linear_cross_entropy, **lean)
-    ways["ours, 64 MiB"] = functools.partial(linear_cross_entropy, budget_mib=64, **lean)
-    ways |= {"general": mean, "general, compiled": functools.partial(mean, compile=True)}
-    ways |= {"eager": _plain, "torch.compile": torch.compile(_plain)}
-    if hasattr(F, "linear_cross_entropy"):
-        ways["torch's own"] = F.linear_cross_entropy
+        low = torch.bfloat16
+        ways["ours, dW in bf16"] = functools.partial(linear_cross_entropy, accum_dtype=low)
+    ways["general, compiled"] = functools.partial(mean, compile=True)
+    ways["torch.compile"] = torch.compile(_plain)
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as Liger
 
@@ -2230,7 +2722,7 @@ def _products(x, weight, frozen):
     """The bare products, two or three, over 4096 tokens at a time."""
     rows = min(4096, len(x))
     part, w = x[:rows].detach(), weight.detach()
-    logits = torch.randn(rows, len(w), device="cuda", dtype=x.dtype)
+    logits = torch.randn(rows, len(w), device=x.device, dtype=x.dtype)
     room, dx, dw = torch.empty_like(logits), torch.empty_like(part), torch.empty_like(w)
 
     def run():
@@ -2242,19 +2734,29 @@ def _products(x, weight, frozen):
     return run
 
 
-def _in_turns_ms(runs, turns=5) -> dict:
+def _lap_ms(run):
+    if _gpus():
+        return do_bench(run, warmup=25, rep=75, return_mode="median")
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _in_turns_ms(runs, turns=4) -> dict:
     """Median milliseconds over turns in changing order: what ran before heats or cools a chip."""
     times = {name: [] for name in runs}
     for turn in range(turns):
         for name in random.Random(turn).sample([*runs], len(runs)):
-            times[name].append(do_bench(runs[name], warmup=25, rep=75, return_mode="median"))
+            times[name].append(_lap_ms(runs[name]))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
-def _bench_shape(name, frozen, results):
-    x, weight, labels = _random(*SHAPES[name], frozen)
+def _bench_weight(name, frozen, results) -> dict:
+    shape = _shape(name)
+    x, weight, labels = _random(*shape, frozen)
     inputs, (loss, *exact) = (x, weight), _exact(x, weight, labels)
-    title = f"{name} {'x'.join(map(str, SHAPES[name]))} W {'frozen' if frozen else 'trained'}"
+    key = "frozen" if frozen else "trained"
+    title = f"{name} {'x'.join(map(str, shape))} W {key}"
     torch._dynamo.reset()
     runs, figures = {"the bare products": _products(x, weight, frozen)}, {}
     for way, function in _ways(frozen).items():
@@ -2281,122 +2783,236 @@ def _bench_shape(name, frozen, results):
         print(f"  {way}: {time_ms:.2f} ms ({ratios}), {peak:.0f} MiB beyond, error {words}")
         record = {"ms": time_ms, "mib": peak, "limit_ms": limit, "errors": errors}
         results[f"{title}, {way}"] = record
-    return times["ours"], times["ours"] / limit
+    return {f"{key}_ms": times["ours"], f"{key}_vs_products": limit / times["ours"]}
 
 
-def _bench_grpo(results, groups=8, tokens=1024):
-    x, weight, labels = _random(groups * tokens, *SHAPES["Llama 1B"][1:])
-    x = x.detach().view(groups, tokens, -1).requires_grad_()
-    labels, mask = labels.view(groups, tokens), torch.ones(groups, tokens, device="cuda")
-    old, advantages = torch.full_like(mask, -11.0), torch.randn(groups, device="cuda")
+def _bench_shape(name, results) -> dict:
+    head = _bench_weight(name, False, results) | _bench_weight(name, True, results)
+    return head if name == "challenge" else {}
+
+
+def _bench_grpo(results) -> dict:
+    n, d, v = _shape("llama-1b")
+    x, weight, labels = _random(n, d, v)
+    x = x.detach().view(8, -1, d).requires_grad_()
+    labels, mask = labels.view(8, -1), torch.ones(8, n // 8, device=x.device)
+    old, advantages = torch.full_like(mask, -11.0), torch.randn(8, device=x.device)
     rest = labels, advantages, mask
     runs = {"ours": lambda: grpo_loss(x, weight, *rest, old_logprobs=old)}
     runs["all the logits"] = lambda: _naive_grpo((x @ weight.t()).float(), *rest, old)
     peaks = {name: _peak_mib(run, (x, weight)) for name, run in runs.items()}
     steps = {k: functools.partial(_backward, run, (x, weight)) for k, run in runs.items()}
+    ours, naive = (step().item() for step in steps.values())
+    assert abs(ours - naive) < 1e-3 + 1e-2 * abs(naive), (ours, naive)
     times = _in_turns_ms(steps)
     ratio = {k: f"{t / times['ours']:.2f}x" for k, t in times.items()}
     words = [f"{k} {t:.2f} ms ({ratio[k]}), {peaks[k]:.0f} MiB" for k, t in times.items()]
-    print(f"GRPO, {groups} completions of {tokens} tokens, Llama 1B's head | {' | '.join(words)}")
+    title = f"GRPO, 8 completions of {n // 8} tokens, head {d}x{v}"
+    print(f"{title} | {' | '.join(words)}", flush=True)
     results["GRPO"] = {"ms": times, "mib": peaks}
+    return {"grpo_ms": times["ours"]}
 
 
-def bench_gpu(results, shapes) -> dict:
+# Of the sweep: D, tokens while the vocabulary changes, V while the tokens do, powers of 2 of both
+SWEEP = 2048, 8192, 128256, range(13, 19), range(10, 16)  # D of Llama 1B
+SMALL_SWEEP = 128, 256, 4096, range(10, 15), range(6, 11)  # on a CPU
+
+
+def _bench_sweep(results) -> dict:
+    """Memory and time by vocabulary and by tokens, for `plot`. torch.compile as it comes: it makes
+    one program for all the later sizes, a few percent slower than one for each."""
+    d, tokens, vocab, vocabs, lengths = SWEEP if _gpus() else SMALL_SWEEP
+    torch._dynamo.reset()
+    ways = {"ours": linear_cross_entropy} | _lean() | {"eager": _plain}
+    ways["torch.compile"] = torch.compile(_plain)
+    sizes = [("vocabulary", tokens, 2**k) for k in vocabs]
+    sizes += [("tokens", 2**k, vocab) for k in lengths]
+    results["sweep"] = records = []
+    for axis, n, v in sizes:
+        x, weight, labels = _random(n, d, v)
+        runs, peaks, losses, inputs = {}, {}, {}, (x, weight)
+        for way, function in ways.items():
+            run = functools.partial(function, x, weight, labels)
+            try:
+                peaks[way], losses[way] = _peak_mib(run, inputs), _backward(run, inputs).item()
+            except torch.OutOfMemoryError:
+                print(f"  {way}: out of memory at {n}x{d}x{v}")
+                continue
+            runs[way] = functools.partial(_backward, run, inputs)
+        assert max(losses.values()) - min(losses.values()) < 1e-2, (n, v, losses)
+        times = _in_turns_ms(runs, turns=1 if _gpus() else 3)
+        for way, time_ms in times.items():
+            record = {"by": axis, "tokens": n, "hidden": d, "vocabulary": v, "way": way}
+            records.append(record | {"ms": time_ms, "mib": peaks[way]})
+        words = [f"{k} {t:.2f} ms, {peaks[k]:.0f} MiB" for k, t in times.items()]
+        print(f"sweep {n}x{d}x{v} | {' | '.join(words)}", flush=True)
+    return {}
+
+
+TIMINGS = {name: functools.partial(_bench_shape, name) for name in SHAPES}
+TIMINGS |= {"grpo": _bench_grpo, "sweep": _bench_sweep}
+USUAL = "challenge", "grpo"
+
+
+def bench(results, names) -> dict:
+    """TIMINGS by name; each adds its records to results, headline figures are returned."""
     head = {}
-    for name, frozen in itertools.product(shapes, (False, True)):
-        time_ms, ratio = _bench_shape(name, frozen, results)
+    for name in (n for n in TIMINGS if n in names):
+        head |= TIMINGS[name](results)
         gc.collect()
-        if name == "challenge":
-            key = "frozen" if frozen else "trained"
-            head |= {f"{key}_ms": time_ms, f"{key}_to_products": ratio}
-    _bench_grpo(results)
     return head
 
 
-def bench_cpu(results) -> dict:
-    n, d, v = 512, 256, 16384
-    x, weight, _, labels = _problem(n, d, v)
-    ways = {"ours": functools.partial(linear_cross_entropy, chunk=64), "eager": _plain}
-    ways["general"] = lambda *a: _general(*a, chunk=64) / (labels != IGNORE).sum()
-    times, sizes = {}, {}
-    for name, loss in ways.items():
-        run, laps = functools.partial(loss, x, weight, labels), []
-        with _Watch(v * d, n * d) as watch:
-            _backward(run, (x, weight))
-        sizes[name] = watch.largest * 4 / 2**20
-        for _ in range(5):
-            start = time.perf_counter()
-            _backward(run, (x, weight))
-            laps.append((time.perf_counter() - start) * 1e3)
-        times[name] = statistics.median(laps)
-    ratio = {k: f"{t / times['ours']:.2f}x" for k, t in times.items()}
-    words = [f"{k} {t:.1f} ms ({ratio[k]}), largest {sizes[k]:.0f} MiB" for k, t in times.items()]
-    print(f"CPU, {n}x{d}x{v} float32 | {' | '.join(words)}")
-    results["CPU"] = {"ms": times, "largest_mib": sizes}
-    return {"largest_tensor": sizes["eager"] / sizes["ours"]}
+def plot(results, path):
+    """The sweep as a PNG: memory and time, by vocabulary and by tokens."""
+    from matplotlib.figure import Figure
+
+    figure, records = Figure((10, 8), layout="constrained", dpi=150), results["sweep"]
+    device = torch.cuda.get_device_name() if _gpus() else "CPU"
+    dtype, hidden = "bf16" if _gpus() else "float32", records[0]["hidden"]
+    figure.suptitle(f"Cross-entropy of a head and its backward, hidden {hidden}, {dtype}, {device}")
+    panels = figure.subplots(2, 2, sharex="col")
+    units = {"mib": "MiB beyond the gradients", "ms": "ms, forward and backward"}
+    pairs = itertools.product(units, (("vocabulary", "tokens"), ("tokens", "vocabulary")))
+    for axes, (unit, (by, other)) in zip(panels.flat, pairs, strict=True):
+        chosen = [record for record in records if record["by"] == by]
+        for way in dict.fromkeys(record["way"] for record in chosen):
+            mine = [record for record in chosen if record["way"] == way]
+            axes.plot([r[by] for r in mine], [r[unit] for r in mine], "o-", ms=4, label=way)
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", ylabel=units[unit], xlabel=by if unit == "ms" else "")
+        axes.set_title(f"by {by}, {chosen[0][other]} {other.replace('lary', 'lary entries')}")
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend()
+    _write(path, lambda part: figure.savefig(part, format="png"))
+    print(f"drawn: {path}")
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def _self_test() -> tuple[int, int]:
+def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
+    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed = []
+    passed, errors = [], []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["chunked_ce"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
-    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, "-W", "ignore", __file__], plugins)
-    interrupted = code == pytest.ExitCode.INTERRUPTED
-    return 130 if interrupted else int(code != 0), len(passed)
+    quiet += ["-W", "ignore", "--show-capture=no"]
+    if fuzz:
+        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
+        quiet += ["-k", "fuzz"]
+    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
+    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    for error in errors:
+        if isinstance(error, ImportError):  # a package is missing, which is no failed check
+            raise error
+    return int(code != 0), len(passed)
 
 
-def main(argv=None) -> int:
+def _check_paths(*paths):
+    """What is written last is looked at first: no folder has a file's name, and theirs are made."""
+    for path in filter(None, paths):
+        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+        folder = Path(path).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder}: found {error.strerror}, need a folder to write to") from error
+
+
+def _write(path, save):
+    """save(a temporary path), which then gets its name: no half of a file ever has it."""
+    part = Path(f"{path}.part")
+    try:
+        save(part)
+        part.replace(path)
+    except OSError as error:
+        found = error.strerror or error
+        raise OSError(f"{path}: found {found}, need room and leave to write") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _explain(error) -> tuple[int, str]:
+    """(exit code, one line) for what ended a run; "" if it was not foreseen."""
+    line = " ".join(str(error).split())[:400]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, AssertionError):
+        return 1, f"a check failed: {line}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return 1, f"out of memory: {line[:120]}, need a larger GPU or fewer of --only"
+    if isinstance(error, ImportError):
+        return 77, f"found no {error.name}, need requirements.txt installed"
+    if isinstance(error, (ValueError, TypeError, OSError)):
+        return 2, line
+    return 1, ""
+
+
+def _parser():
     first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=usage, formatter_class=style)
-    option = parser.add_argument
+    option, names, usual = parser.add_argument, ", ".join(TIMINGS), ", ".join(USUAL)
     option("--test", action="store_true", help="the self-test alone")
     option("--bench", action="store_true", help="the timings alone")
-    option("--shape", choices=[*SHAPES], action="append", help="time these shapes only")
+    option("--fuzz", type=int, metavar="N", help="the random tests alone, with N cases each")
+    option("--only", metavar="NAMES", help=f"of {names} (default: {usual})")
+    option("--seed", type=int, default=0, help="of timings and --fuzz (default: 0)")
+    option("--plot", metavar="PATH", help="the sweep as PNG (needs matplotlib)")
     option("--json", metavar="PATH", help="also write the results as JSON")
-    args, seed, gpu = parser.parse_args(argv), 0, _gpu()
+    return parser
+
+
+def main(argv=None) -> int:
+    parser = _parser()
+    args, gpu = parser.parse_args(argv), _gpus() > 0
+    tests = args.test or args.fuzz is not None or not args.bench
+    times = args.bench or not (args.test or args.fuzz is not None)
+    if not times and (args.plot or args.only):
+        parser.error("--plot and --only are for the timings")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
-    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    versions |= {"cuda": torch.version.cuda, "seed": args.seed}
     print("chunked_ce", device, *(f"{k} {v}" for k, v in versions.items()), sep=" | ", flush=True)
     if device != "CPU" and not gpu:
         print(f"chunked_ce: found {device}, need compute capability 7.5: everything on the CPU")
-    torch.manual_seed(seed)
     results, head, code, checks = {}, {}, 0, 0
     try:
-        code, checks = _self_test() if args.test or not args.bench else (0, 0)
-        if not code and (args.bench or not args.test):
-            head = bench_gpu(results, args.shape or SHAPES) if gpu else bench_cpu(results)
+        names = args.only.split(",") if args.only else [*USUAL]
+        for name in names:
+            _need(name in TIMINGS, "--only", name, f"of {', '.join(TIMINGS)}")
+        _need_number("--seed", args.seed, 0, 2**63 - 1)
+        _need(args.fuzz is None or args.fuzz > 0, "--fuzz", args.fuzz, "1 or more")
+        if args.plot:  # what is written last is looked at first
+            import matplotlib  # noqa: F401
+
+            names.append("sweep")
+        _check_paths(args.plot, args.json)
+        torch.manual_seed(args.seed)
+        if tests:
+            code, checks = _self_test(args.fuzz, args.seed)
+        if times and not code:
+            torch.manual_seed(args.seed)
+            head = bench(results, names)
+            if args.plot:
+                plot(results, args.plot)
         if args.json:
-            part = Path(f"{args.json}.part")
-            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
-            part.replace(args.json)
-    except KeyboardInterrupt:
-        code = 130
-    except AssertionError as error:
-        print(f"chunked_ce: a check before the timings failed: {error}", file=sys.stderr)
-        code = 1
-    except (ValueError, TypeError, OSError) as error:
-        print(f"chunked_ce: {error}", file=sys.stderr)
-        code = 2
-    except torch.OutOfMemoryError as error:
-        print(f"chunked_ce: {str(error).splitlines()[0]}: choose fewer shapes", file=sys.stderr)
-        code = 77
-    except ImportError as error:
-        found = f"chunked_ce: found no {error.name}, need requirements.txt installed"
-        print(found, file=sys.stderr)
-        code = 77
+            text = json.dumps({"device": device, **versions, **results, **head}, indent=1)
+            _write(args.json, lambda part: part.write_text(text))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (a traceback if unforeseen)
+        code, words = _explain(error)
+        print(f"chunked_ce: {words}" if words else traceback.format_exc(), file=sys.stderr)
     figures = " ".join(f"{k}={v:.2f}" + ("" if k.endswith("ms") else "x") for k, v in head.items())
     print(f"RESULT chunked_ce {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
     return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPT)
     sys.exit(main())

@@ -23,7 +23,7 @@ compute capability 9.0, where they were tuned; elsewhere `auto` takes FlexAttent
 Run on an H200 and on CPUs. On a T4 (sm_75) nothing was run: there `auto` takes SDPA.
 
     python flex_attn.py                   self-test, then timings; --test or --bench for one of them
-    python flex_attn.py --bench --json results/flex.json
+    python flex_attn.py --bench --only layouts,gemma --plot results/flex.png
 
     from flex_attn import Mask, attention, register
     out = attention(q, k, v)                                    # [B, H, S, D], grouped heads too
@@ -43,11 +43,13 @@ import math
 import os
 import pydoc_data.topics
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -57,6 +59,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: nothing else can catch it yet
+    INTERRUPT = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +97,7 @@ HALF = (torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 COMPILING = threading.RLock()  # torch 2.11 refuses compiled calls while another thread compiles
 KEEPING = threading.Lock()  # of what masks keep: threads may share one
+FUZZ_CASES = "25"  # of each random test in the self-test
 
 
 class Tiles(NamedTuple):
@@ -126,10 +132,11 @@ TUNED: dict[tuple, Tiles] = {
 
 
 def _need(ok, name, found, need, error=ValueError):
-    """Raise what was found and what is needed, put into words only then."""
+    """Raise what was found and what is needed, put into a line of words only then."""
     if not ok:
         words = lambda t: f"shape {list(t)}" if isinstance(t, tuple) else getattr(t, "__name__", t)
-        raise error(f"{name}: found {words(found)}, need {words(need)}")
+        line = lambda t: " ".join(str(words(t)).split())[:300]
+        raise error(f"{name}: found {line(found)}, need {line(need)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +191,8 @@ class Mask:
         elif self.offset is not None:
             ok = isinstance(self.offset, (int, torch.SymInt)) and not isinstance(self.offset, bool)
             _need(ok, "offset", type(self.offset), "an integer or a 0-d tensor of one", TypeError)
+            ok = not isinstance(self.offset, int) or abs(self.offset) <= FAR
+            _need(ok, "offset", self.offset, f"{-FAR} to {FAR}")
         if not _tracing():
             _mark_dynamic(self.doc_ids, self.padding)
 
@@ -343,7 +352,9 @@ def _check(q, k, v, mask, scale, softcap):
     for name, t in (("q", q), ("k", k), ("v", v)):
         _need(isinstance(t, Tensor), name, type(t), "a tensor", TypeError)
         _need(t.ndim == 4, name, t.shape, "[B, H, S, D]")
-        _need(t.is_floating_point(), name, t.dtype, "a floating-point dtype", TypeError)
+        ok = t.dtype in (*HALF, torch.float32, torch.float64)
+        _need(ok, name, t.dtype, "a floating-point dtype of 16 to 64 bits", TypeError)
+        _need(t.layout == torch.strided, name, t.layout, "torch.strided", TypeError)
         _need(t.device == q.device, name, t.device, f"{q.device} as q")
         _need(t.dtype == q.dtype, name, t.dtype, f"{q.dtype} as q", TypeError)
     batch, heads, q_len, dim = q.shape
@@ -370,7 +381,7 @@ def _check(q, k, v, mask, scale, softcap):
         if value is not None:
             ok = isinstance(value, (int, float)) and not isinstance(value, bool)
             _need(ok, name, type(value), "a number or None", TypeError)
-            _need(0 < value < math.inf, name, value, "a finite number, more than 0")
+            _need(0 < value < 3e38, name, value, "a finite number, more than 0")
 
 
 def dense_mask(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
@@ -1021,7 +1032,6 @@ def _arguments(q, k, lo, hi, real, queries, scale, softcap):
         _need(ok, "mask", "one for other lengths", f"{q_len} queries and {k_len} keys")
         lo, hi = lo.view(-1, size), hi.view(-1, size)
         pitch = 0 if lo.shape[0] == 1 else size
-    scale = float(scale)  # (an integer would be compiled for)
     factor, inner = scale * LOG2E, 1.0
     if softcap is not None:
         factor, inner = softcap * LOG2E, 2 * LOG2E * scale / softcap
@@ -1435,7 +1445,7 @@ def _unable_sdpa(name, q, k, v, mask):
 
 def _need_backend(backend, auto=True):
     ok = backend in BACKENDS or (auto and backend == "auto")
-    _need(ok, "backend", repr(backend), "auto or one of " + ", ".join(BACKENDS))
+    _need(ok, "backend", repr(backend)[:60], "auto or one of " + ", ".join(BACKENDS))
 
 
 def _autocasted(q, k, v):
@@ -1583,6 +1593,8 @@ def attention(
     elif reason := _unable(backend, q, k, v, mask, softcap):
         _need(False, "backend", f"{backend!r}, which cannot run this ({reason})", "another")
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if not _tracing():  # (kernels would be compiled for an integer)
+        scale, softcap = float(scale), None if softcap is None else float(softcap)
     return RUN[backend](q, k, v, mask, scale, softcap)
 
 
@@ -1878,9 +1890,8 @@ def _compare(backend, inputs, mask, softcap=None, scale=None, grad=True):
     truth = out.detach(), torch.autograd.grad(out, wide, weight) if grad else None
     low = _errors(lambda *t: _plain_low(*t, mask, sized, softcap), inputs, weight, truth)
     call = functools.partial(attention, mask=mask, softcap=softcap, scale=scale, backend=backend)
-    with contextlib.nullcontext() if grad else torch.no_grad():
-        got = _errors(call, inputs, weight, truth)
-        out = call(*inputs)
+    got = _errors(call, inputs, weight, truth)
+    out = call(*inputs)
     dead = ~dense_mask(mask, q, inputs[1]).any(-1, True).expand(q.shape)
     assert (out[dead] == 0).all(), "a row without keys is not zero"
     tiny = max(1e-5, torch.finfo(q.dtype).eps)
@@ -1888,72 +1899,169 @@ def _compare(backend, inputs, mask, softcap=None, scale=None, grad=True):
         assert a <= 2 * b + tiny, f"{backend} {mask} {name}: error {a:.2e}, plain {b:.2e}"
 
 
-def test_the_definition():
-    g = torch.Generator().manual_seed(0)
-    for q_len, k_len, offset in ((7, 7, None), (3, 9, None), (5, 2, None), (4, 9, 2)):
-        q, k = torch.empty(2, 1, q_len, 8), torch.empty(2, 1, k_len, 8)
-        for causal, window in itertools.product((True, False), (None, 1, 3)):
-            inside = q_len <= k_len
-            ids = torch.randint(0, 3, (2, k_len), generator=g).sort().values if inside else None
-            real = torch.rand(2, k_len, generator=g) < 0.7 if inside else None
-            sees = dense_mask(Mask(causal, window, ids, real, offset), q, k)
-            for b, i, j in itertools.product(range(2), range(q_len), range(k_len)):
-                at = i + (k_len - q_len if offset is None else offset)
-                want = (j <= at or not causal) and (window is None or abs(at - j) < window)
-                if inside:
-                    want = want and ids[b, at] == ids[b, j] and real[b, at] and real[b, j]
-                assert sees[min(b, len(sees) - 1), 0, i, j] == want
+def _fuzz(check, **drawn):
+    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
+    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
+    import hypothesis
+
+    cases, seed = os.environ.get("FUZZ_CASES", FUZZ_CASES), os.environ.get("FUZZ_SEED", "0")
+    settings = hypothesis.settings(
+        max_examples=int(cases),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
 
 
-def test_blocks_equal_the_definition():
-    """Intervals exactly; tables as create_block_mask makes them, but for padding, where a block may
-    count as partial that holds nothing or everything."""
+class Case(NamedTuple):
+    """A mask and the sizes it is for."""
+
+    mask: Mask
+    batch: int
+    q_len: int
+    k_len: int
+
+
+def _cases(most, device="cpu", *, offsets=True, square=False, batches=(1, 2, 3)):
+    """A strategy: masks of all options for up to `most` tokens."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def case(draw):
+        batch, k_len = draw(st.sampled_from(batches)), draw(st.integers(1, most))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        random = torch.rand(2, batch, k_len, generator=generator)
+        share, at = st.sampled_from((0.0, 0.02, 0.2, 0.8, 1.0)), st.integers(0, k_len)
+        ids = real = offset = None
+        if draw(st.booleans()):
+            ids = (random[0] < draw(share)).cumsum(1).to(draw(st.sampled_from(INTEGERS[2:])))
+            ids = ids[0] if draw(st.booleans()) else ids
+        if draw(st.booleans()):
+            start, end, place = draw(at), draw(at), torch.arange(k_len)
+            real = (random[1] < draw(share)) ^ ((place >= start) & (place < end))
+        q_len = k_len
+        if not square and draw(st.booleans()):
+            q_len = draw(st.integers(1, most if ids is real is None else k_len))
+        if offsets and draw(st.booleans()):
+            offset = draw(st.integers(-k_len, 2 * k_len))
+            offset = torch.tensor(offset, device=device) if draw(st.booleans()) else offset
+        ids, real = (t if t is None else t.to(device) for t in (ids, real))
+        all_keys = st.integers(max(1, k_len - 1), k_len + 1)  # and what is next to it
+        window = draw(st.none() | st.integers(1, most + 2) | all_keys)
+        return Case(Mask(draw(st.booleans()), window, ids, real, offset), batch, q_len, k_len)
+
+    return case()
+
+
+def test_fuzz_the_definition():
+    def check(case):
+        mask, batch, q_len, k_len = case
+        sees = dense_mask(mask, torch.empty(batch, 1, q_len, 8), torch.empty(batch, 1, k_len, 8))
+        for b, i, j in itertools.product(range(batch), range(q_len), range(k_len)):
+            at = i + (k_len - q_len if mask.offset is None else int(mask.offset))
+            near = mask.window is None or abs(at - j) < mask.window
+            want = near and (j <= at or not mask.causal)
+            at = min(max(at, 0), k_len - 1)
+            if mask.doc_ids is not None:
+                ids = mask.doc_ids.expand(batch, -1)[b]
+                want = want and bool(ids[at] == ids[j])
+            if mask.padding is not None:
+                want = want and bool(mask.padding[b, at] and mask.padding[b, j])
+            assert sees[min(b, len(sees) - 1), 0, i, j] == want
+
+    _fuzz(check, case=_cases(8))
+
+
+def _check_blocks(mask, batch, q_len, k_len):
+    """Intervals exactly; tables too, but with padding a block may count as partial that holds
+    nothing or everything."""
+    q, k = torch.empty(batch, 1, q_len, 8), torch.empty(batch, 1, k_len, 8)
+    with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
+        lo, hi, real, pitch, tables, queries = _lower(mask, q, k)
+    q_size, k_size = _padded_size(q_len), _padded_size(k_len)
+    batch, pitch = 1 if pitch == 0 else batch, max(q_size, k_size)
+    lo, hi, real = (t[: batch * pitch].view(-1, 1, pitch) for t in (lo, hi, real))
+    lo, hi = lo[:, :, :q_size, None], hi[:, :, :q_size, None]
+    j = torch.arange(k_size)
+    got = (j >= lo) & (j <= hi)
+    if mask.padding is not None:
+        got = got & real[:, :, None, :k_size]
+    want = dense_mask(mask, q, k)
+    assert torch.equal(got[:, :, :q_len, :k_len], want.expand(batch, -1, -1, -1)), mask
+    assert not got[..., k_len:].any()
+    queries = queries.view(batch, -1, 2).repeat_interleave(NEAR, 1)[:, :k_size]
+    at, (start, end) = torch.arange(q_size)[:, None], queries[:, None, None].unbind(-1)
+    assert not (got & ((at < start) | (at >= end))).any(), mask
+    if mask.window is not None:  # and no more than the blocks' edges explain
+        most = mask.window * (1 if mask.causal else 2) + 3 * NEAR
+        assert (queries.clamp(max=q_len).diff() <= most).all(), mask
+    n, m = q_size // BLOCK, k_size // BLOCK
+    sizes = [batch * n, batch * n * m] * 2 + [batch * m, batch * n * m] * 2
+    parts = [
+        part.view(batch, 1, *shape)
+        for part, shape in zip(
+            tables[:-1].split(sizes), [(n,), (n, m)] * 2 + [(m,), (m, n)] * 2, strict=True
+        )
+    ]
+    dense = lambda num, idx: torch.zeros(idx.shape, dtype=torch.bool).scatter(
+        -1, idx.long(), torch.arange(idx.shape[-1]) < num[..., None]
+    )
+    some, full = dense(*parts[:2]), dense(*parts[2:4])
+    blocks = got.view(-1, 1, n, BLOCK, m, BLOCK).transpose(3, 4).flatten(4)
+    blocks = blocks.expand(batch, -1, -1, -1, -1)
+    t_some, t_full = blocks.any(-1) & ~blocks.all(-1), blocks.all(-1)
+    assert not (some & full).any() and torch.equal(dense(*parts[4:6]), some.mT)
+    assert torch.equal(dense(*parts[6:]), full.mT)
+    if mask.padding is None:
+        assert torch.equal(some, t_some) and torch.equal(full, t_full), mask
+    else:
+        assert not (full & ~t_full).any() and not ((t_some | t_full) & ~(some | full)).any()
+
+
+def test_fuzz_blocks_equal_the_definition():
     sizes = (300, 300, None), (512, 512, None), (130, 700, None), (150, 180, 40)  # past the keys
     for kind, (q_len, k_len, offset) in itertools.product(KINDS, sizes):
         mask = replace(_some_mask(kind, 2, q_len, k_len, "cpu", seed=q_len), offset=offset)
-        q, k = torch.empty(2, 1, q_len, 8), torch.empty(2, 1, k_len, 8)
-        with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
-            lo, hi, real, pitch, tables, queries = _lower(mask, q, k)
-        q_size, k_size = _padded_size(q_len), _padded_size(k_len)
-        batch, pitch = 1 if pitch == 0 else 2, max(q_size, k_size)
-        lo, hi, real = (t[: batch * pitch].view(-1, 1, pitch) for t in (lo, hi, real))
-        lo, hi = lo[:, :, :q_size, None], hi[:, :, :q_size, None]
-        j = torch.arange(k_size)
-        got = (j >= lo) & (j <= hi)
-        if mask.padding is not None:
-            got = got & real[:, :, None, :k_size]
-        want = dense_mask(mask, q, k)
-        assert torch.equal(got[:, :, :q_len, :k_len], want.expand(batch, -1, -1, -1)), kind
-        assert not got[..., k_len:].any()
-        queries = queries.view(batch, -1, 2).repeat_interleave(NEAR, 1)[:, :k_size]
-        at, (start, end) = torch.arange(q_size)[:, None], queries[:, None, None].unbind(-1)
-        assert not (got & ((at < start) | (at >= end))).any(), kind
-        if mask.window is not None:  # and no more than the blocks' edges explain
-            most = mask.window * (1 if mask.causal else 2) + 3 * NEAR
-            assert (queries.clamp(max=q_len).diff() <= most).all(), kind
-        n, m = q_size // BLOCK, k_size // BLOCK
-        sizes = [batch * n, batch * n * m] * 2 + [batch * m, batch * n * m] * 2
-        parts = [
-            part.view(batch, 1, *shape)
-            for part, shape in zip(
-                tables[:-1].split(sizes), [(n,), (n, m)] * 2 + [(m,), (m, n)] * 2, strict=True
-            )
-        ]
-        theirs = create_block_mask(
-            lambda b, h, i, j, got=got: got[b, 0, i, j], batch, 1, q_size, k_size, device="cpu"
-        )
-        dense = lambda num, idx: torch.zeros(idx.shape, dtype=torch.bool).scatter(
-            -1, idx.long(), torch.arange(idx.shape[-1]) < num[..., None]
-        )
-        some, full = dense(*parts[:2]), dense(*parts[2:4])
-        t_some = dense(theirs.kv_num_blocks, theirs.kv_indices)
-        t_full = dense(theirs.full_kv_num_blocks, theirs.full_kv_indices)
-        assert not (some & full).any() and torch.equal(dense(*parts[4:6]), some.mT)
-        assert torch.equal(dense(*parts[6:]), full.mT)
-        if mask.padding is None:
-            assert torch.equal(some, t_some) and torch.equal(full, t_full), kind
-        else:
-            assert not (full & ~t_full).any() and not ((t_some | t_full) & ~(some | full)).any()
+        _check_blocks(mask, 2, q_len, k_len)
+    _fuzz(lambda case: _check_blocks(*case), case=_cases(400))
+
+
+def test_fuzz_attention_equals_float64():
+    """Every backend but FlexAttention, which compiles: it runs this or gives its reason."""
+    from hypothesis import strategies as st
+
+    device, gpu = _device(), _device() == "cuda"
+    ways = [name for name in BACKENDS if name != "flex"]
+    if not gpu or _capability(0) == (9, 0):  # (elsewhere auto is FlexAttention)
+        ways.append("auto")
+    shapes = (4, 2), (6, 2), (1, 1), (3, 3)
+    build = unittest.mock.patch(__name__ + "._compiled_build", return_value=_build)
+
+    def check(case, backend, heads, dim, dtype, inside, scale, softcap, prepared):
+        mask, batch, q_len, k_len = case
+        inputs = _qkv(batch, *heads, q_len, k_len, dim, dtype, device, True, inside)
+        mask = mask.prepare(*inputs[:2]) if prepared else mask
+        with build:
+            reason = None if backend == "auto" else supports(backend, *inputs, mask, softcap)
+            run = functools.partial(_compare, backend, inputs, mask, softcap, scale)
+            if reason is None:
+                run()
+            else:
+                _refused(run, reason)
+
+    _fuzz(
+        check,
+        case=_cases(150, device),
+        backend=st.sampled_from(ways),
+        heads=st.sampled_from(shapes[: 1 if gpu else 4]),  # (kernels are compiled for these)
+        dim=st.sampled_from((64,) if gpu else (1, 8, 20, 64)),
+        dtype=st.sampled_from(HALF[1:] if gpu else (*HALF, torch.float32, torch.float64)),
+        inside=st.booleans(),
+        scale=st.none() | st.floats(0.01, 1),
+        softcap=st.none() | st.floats(0.5, 30),
+        prepared=st.booleans(),
+    )
 
 
 def test_sdpa_and_reference_equal_float64():
@@ -1966,6 +2074,9 @@ def test_sdpa_and_reference_equal_float64():
             _compare(backend, inputs, mask, scale=0.3)
         for backend in ("auto", "reference"):
             _compare(backend, inputs, mask, softcap=2.0)
+    inputs = _qkv(1, 2, 2, 9, 9, 16, torch.float32, "cpu")
+    for window in (8, 9):  # the last query does not see the first key, or does
+        _compare("sdpa", inputs, Mask(window=window))
     inputs = _qkv(1, 2, 2, 9, 4, 16, torch.float32, "cpu")  # more queries than keys
     for mask, backend in itertools.product((Mask(), Mask(window=2)), ("sdpa", "reference")):
         _compare(backend, inputs, mask)
@@ -2065,52 +2176,94 @@ def _fresh():
     _compiled_build.cache_clear()
 
 
-def test_flex_equals_float64():
-    """Forward on a CPU, as torch has it there; forward and backward on a GPU."""
-    device, grad = _device(), _device() != "cpu"
-    for kind in ("causal", "window", "documents", "padding left", "all"):
-        inputs = _qkv(2, 4, 2, 200, 200, 32, torch.float32, device, grad)
-        mask = _some_mask(kind, 2, 200, 200, device, seed=3)
-        _compare("flex", inputs, mask, scale=0.4, grad=grad)
-    inputs = _qkv(2, 4, 2, 200, 200, 32, torch.float32, device, grad)
-    _compare("flex", inputs, _some_mask("window", 2, 200, 200, device, 3), softcap=1.5, grad=grad)
-    inputs = _qkv(2, 4, 2, 40, 300, 32, torch.float32, device, grad)  # chunked prefill
-    for kind in ("causal", "documents"):
-        _compare("flex", inputs, _some_mask(kind, 2, 40, 300, device, 3), grad=grad)
+def test_a_long_process_stays_below_the_recompile_limit():
+    """Every kind of mask, batch and caller builds its tables in one process: a graph a variant."""
+    _fresh()
+    traced = functools.partial(torch.compile, backend="eager")
+    with unittest.mock.patch("torch.compile", traced):
+        kinds = "full", "documents", "documents both ways", "padding left", "all"
+        turns = (
+            *itertools.product(kinds, (1, 2, 3), (700,), (True, False)),
+            ("causal", 1, 300, True),
+        )
+        for kind, batch, q_len, grad in turns:
+            q, k = torch.empty(batch, 1, q_len, 8), torch.empty(batch, 1, 700, 8)
+            with torch.set_grad_enabled(grad):
+                _lower(_some_mask(kind, batch, q_len, 700, "cpu"), q, k)
+        variants = _compiled_build.cache_info().currsize
+        made, limit = _count_graphs(), torch._dynamo.config.recompile_limit
+    _fresh()
+    assert made == variants > limit, f"{made} graphs of {variants} variants, limit {limit}"
+
+
+CAP = 5.0  # of scores; the tests of FlexAttention share their graphs, which take seconds each
 
 
 def test_few_graphs_for_all_lengths():
-    """28 lengths from 1 to 8192, mask after mask: at most 2 graphs for each kind, none in eager."""
+    """Lengths from 1 to 8192, mask after mask: at most 2 graphs for each kind, none in eager."""
     device = _device()
     kinds = ["causal", "window", "documents", "padding right", "softcap"]
     dim, dtype = (64, torch.bfloat16) if device == "cuda" else (16, torch.float32)
+    lengths = LENGTHS if device == "cuda" else [*LENGTHS[:-7], LENGTHS[-1]]
+    register()  # (importing transformers later would have all graphs made anew)
     _fresh()
     made = dict.fromkeys(kinds, 0)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for kind, (turn, size) in itertools.product(kinds, enumerate(LENGTHS)):
+        for kind, (turn, size) in itertools.product(kinds, enumerate(lengths)):
             mask = Mask() if kind == "softcap" else _some_mask(kind, 2, size, size, device, turn)
-            inputs = _qkv(2, 2, 1, size, size, dim, dtype, device, device == "cuda")
+            inputs = _qkv(2, 4, 2, size, size, dim, dtype, device, device == "cuda")
             _lower(_ready(mask, *inputs[:2]), *inputs[:2])
             before = _count_graphs()
-            softcap = 20.0 if kind == "softcap" else None
+            softcap = CAP if kind == "softcap" else None
             out = attention(*inputs, mask=mask, softcap=softcap, backend="flex")
             if device == "cuda":
                 out.sum().backward()
             made[kind] += _count_graphs() - before
-            if turn % 9 == 0:
-                want = _run_reference(*inputs, mask, dim**-0.5, softcap)
+            if turn % 7 == 0:
+                q, k, v = inputs
+                want = _run_reference(q[:, :, -300:], k, v, mask, dim**-0.5, softcap)
                 close = {"atol": 2e-2, "rtol": 2e-2} if dtype != torch.float32 else {}
-                assert_close(out, want, **close)
-    print(f"graphs for {len(LENGTHS)} lengths: {made}")
+                assert_close(out[:, :, -300:], want, **close)
+    print(f"graphs for {len(lengths)} lengths: {made}")
     # a window or padding that changes nothing makes the mask plain causal: that graph exists then
     assert max(made.values()) <= 2 and sum(made.values()) <= 5, made
     breaks = torch._dynamo.utils.counters["graph_break"]
     assert not breaks, breaks
 
 
+def test_flex_equals_float64():
+    """Forward on a CPU, as torch has it there; forward and backward on a GPU."""
+    device, grad = _device(), _device() != "cpu"
+    run = functools.partial(_compare, "flex", grad=grad)
+    inputs = _qkv(2, 4, 2, 200, 200, 16, torch.float32, device, grad)
+    for kind in ("causal", "window", "documents", "padding left", "all"):
+        run(inputs, _some_mask(kind, 2, 200, 200, device, seed=3))
+    run(inputs, _some_mask("window", 2, 200, 200, device, 3), softcap=CAP)
+    inputs = _qkv(2, 4, 2, 40, 300, 16, torch.float32, device, grad)  # chunked prefill
+    run(inputs, _some_mask("documents", 2, 40, 300, device, 3))
+
+
+def test_fuzz_flex_equals_float64():
+    """Masks of all options and lengths through three graphs; on a GPU forward and backward."""
+    from hypothesis import strategies as st
+
+    device, grad = _device(), _device() != "cpu"
+
+    def check(case, prepared):
+        inputs = _qkv(2, 4, 2, case.q_len, case.k_len, 16, torch.float32, device, grad)
+        mask = case.mask
+        if mask.doc_ids is not None and mask.padding is None:
+            mask = replace(mask, doc_ids=mask.doc_ids.expand(2, -1))
+        _compare("flex", inputs, mask.prepare(*inputs[:2]) if prepared else mask, grad=grad)
+
+    cases = _cases(600, device, square=True, batches=(2,))
+    with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
+        _fuzz(check, case=cases, prepared=st.booleans())
+
+
 def test_windows_and_documents_are_data():
     device = _device()
-    inputs = _qkv(2, 4, 2, 700, 700, 32, torch.float32, device, False)
+    inputs = _qkv(2, 4, 2, 700, 700, 16, torch.float32, device, False)
     run = functools.partial(attention, *inputs, backend="flex")
     g = torch.Generator().manual_seed(0)
     layout = lambda: torch.stack([_documents(700, g) for _ in range(2)]).to(device)
@@ -2121,25 +2274,24 @@ def test_windows_and_documents_are_data():
         for window in (1, 2, 128, 500, 699):
             for ids in (layout()[0], layout()):
                 mask = Mask(window=window, doc_ids=ids)
-                want = _run_reference(*inputs, mask, 32**-0.5, None)
+                want = _run_reference(*inputs, mask, 16**-0.5, None)
                 assert_close(run(mask=mask), want, atol=5e-3, rtol=5e-3)  # tf32 on a GPU
         assert _count_graphs() == before
 
 
-def test_a_long_process_stays_below_the_recompile_limit():
-    """Every kind of mask, batch and caller builds its tables in one process: a graph a variant."""
-    _fresh()
-    traced = functools.partial(torch.compile, backend="eager")
-    with unittest.mock.patch("torch.compile", traced):
-        turns = itertools.product(KINDS, (1, 2, 3), (300, 700), (True, False))
-        for kind, batch, q_len, grad in turns:
-            q, k = torch.empty(batch, 1, q_len, 8), torch.empty(batch, 1, 700, 8)
-            with torch.set_grad_enabled(grad):
-                _lower(_some_mask(kind, batch, q_len, 700, "cpu"), q, k)
-        variants = _compiled_build.cache_info().currsize
-        made, limit = _count_graphs(), torch._dynamo.config.recompile_limit
-    _fresh()
-    assert made == variants > limit, f"{made} graphs of {variants} variants, limit {limit}"
+def test_transformers_through_flex():
+    """The FlexAttention path itself, forward: windows, softcap, packed and padded."""
+    register("flex_attn_only", backend="flex")
+    for name in ("mistral", "gemma2"):
+        eager, ours = (_model(name, way, device=_device()) for way in ("eager", "flex_attn_only"))
+        ours.load_state_dict(eager.state_dict())
+        ids = _text_ids(2, 200, _device())
+        for model in (eager, ours):  # (no_grad would take graphs of its own)
+            model.requires_grad_(False)
+        restart = _restarting((70, 1, 129), 2, _device())
+        for more in ({}, {"position_ids": restart})[: 2 if name == "mistral" else 1]:
+            want, got = (m(ids, use_cache=False, **more).logits for m in (eager, ours))
+            assert_close(got, want, atol=5e-3, rtol=5e-3)
 
 
 def test_threads_may_compile_at_once():
@@ -2169,7 +2321,7 @@ def test_threads_may_compile_at_once():
 
 
 def test_one_build_for_all_layers():
-    inputs = _qkv(2, 4, 2, 300, 300, 32, torch.float32, _device(), False)
+    inputs = _qkv(2, 4, 2, 300, 300, 16, torch.float32, _device(), False)
     mask = _some_mask("documents", 2, 300, 300, _device())
     with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build) as build:
         for _ in range(5):
@@ -2196,8 +2348,36 @@ def test_a_mask_moves_with_a_split_model():
             assert out.shape == q.shape and out.device.type == "meta"
 
 
-def _check_kernels(device, dtype):
+def _check_kernels(mask, q, k, v, scale=0.3, softcap=None):
     """The Triton kernels against float64: of a GPU, or in Triton's interpreter on a CPU."""
+    q_len, k_len, device = q.shape[2], k.shape[2], q.device.type
+    dout = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=device).normal_()
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    want = _run_reference(*wide, mask, scale, softcap)
+    want = want, *torch.autograd.grad(want, wide, dout.double())
+    lo = hi = real = queries = None
+    if _kind(mask, q, k) == "rows":
+        with unittest.mock.patch(__name__ + "._compiled_build", return_value=_build):
+            lo, hi, real, _, _, queries = _lower(replace(mask), q, k)
+        # (on a CPU _lower makes them longer)
+        lo, hi, real = (t[: queries.numel() * NEAR // 2] for t in (lo, hi, real))
+    close = {"atol": 2e-2, "rtol": 2e-2} if q.dtype in HALF else {"atol": 2e-5, "rtol": 2e-5}
+    out, lse = _run_forward(q, k, v, lo, hi, real, scale, softcap)
+    numbers = lo, hi, real, queries, scale, softcap
+    grads = _run_backward(dout, q, k, v, out, lse, *numbers)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), want, strict=True):
+        words = f"{name}, {mask}, {q_len} x {k_len} x {q.shape[3]}: {{}}"
+        assert_close(a.double(), b, **close, msg=words.format)
+    scores = (q.double() @ _repeated(q, k, v)[0].double().mT) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~dense_mask(mask, q, k), -math.inf)
+    assert_close(lse[..., :q_len].double(), scores.logsumexp(-1) / math.log(2), **close)
+
+
+def _check_all_kernels(device, dtype):
+    """Kinds of mask in turn, then random ones."""
+    from hypothesis import strategies as st
+
     cases = (
         *(("causal", 70, 70), ("causal", 150, 150), ("causal", 150, 33), ("full", 33, 150)),
         *(("window both sides", 70, 70), ("documents", 200, 200), ("documents", 1, 130)),
@@ -2209,40 +2389,34 @@ def _check_kernels(device, dtype):
     turns = list(itertools.product((True, False), (16, 80), (None, 2.0)))
     turns = itertools.cycle(turns + turns[:4])
     for (kind, q_len, k_len), (inside, dim, softcap) in zip(cases, turns, strict=False):
-        heads = (2, 1) if q_len > 100 else (4, 2)
+        heads = (2, 1) if q_len > 70 else (4, 2)
         q, k, v = _qkv(2, *heads, q_len, k_len, dim, dtype, device, False, inside)
-        mask, dout = _some_mask(kind, 2, q_len, k_len, device, seed=q_len), torch.randn_like(q)
-        if kind == "all":  # such rows TMA cannot read
-            q, dout = (F.pad(t, (0, 3))[..., :dim] for t in (q, dout))
-        wide = [t.double().requires_grad_() for t in (q, k, v)]
-        want = _run_reference(*wide, mask, 0.3, softcap)
-        want = want, *torch.autograd.grad(want, wide, dout.double())
-        lo = hi = real = queries = None
-        if _kind(mask, q, k) == "rows":
-            offset = k_len - q_len
-            given = offset, None, mask.window or FAR, mask.doc_ids, mask.padding, mask.causal
-            lo, hi, real, _, _, queries = _blocks(q, q_len, k_len, *given)
-        close = (
-            {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-        )
-        out, lse = _run_forward(q, k, v, lo, hi, real, 0.3, softcap)
-        numbers = lo, hi, real, queries, 0.3, softcap
-        grads = _run_backward(dout, q, k, v, out, lse, *numbers)
-        for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), want, strict=True):
-            words = f"{name}, {kind}, {q_len} x {k_len} x {dim}: {{}}"
-            assert_close(a.double(), b, **close, msg=words.format)
-        scores = (q.double() @ _repeated(q, k, v)[0].double().mT) * 0.3
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~dense_mask(mask, q, k), -math.inf)
-        assert_close(lse[..., :q_len].double(), scores.logsumexp(-1) / math.log(2), **close)
+        if kind == "all":  # such rows TMA cannot read, nor those of its gradient
+            q = F.pad(q, (0, 3))[..., :dim]
+        mask = _some_mask(kind, 2, q_len, k_len, device, seed=q_len)
+        _check_kernels(mask, q, k, v, softcap=softcap)
+
+    def check(case, heads, inside, scale, softcap):
+        mask, batch, q_len, k_len = case
+        sizes = batch, *heads, q_len, k_len, 16
+        _check_kernels(mask, *_qkv(*sizes, dtype, device, False, inside), scale, softcap)
+
+    _fuzz(
+        check,
+        case=_cases(130, device, batches=(1, 2)),
+        heads=st.sampled_from(((2, 1), (1, 1), (2, 2))[: 1 if device == "cuda" else 3]),
+        inside=st.booleans(),
+        scale=st.floats(0.01, 0.5),
+        softcap=st.none() | st.floats(0.5, 30),
+    )
 
 
-def test_triton_kernels():
+def test_fuzz_triton_kernels():
     """On a Hopper GPU; else in Triton's interpreter, which has to be chosen before the import."""
     if _device() == "cuda" and _capability(0) == (9, 0):
-        return _check_kernels("cuda", torch.float16)
+        return _check_all_kernels("cuda", torch.float16)
     name = Path(__file__).stem
-    code = f"import torch, {name}; {name}._check_kernels('cpu', torch.float32)"
+    code = f"import torch, {name}; {name}._check_all_kernels('cpu', torch.float32)"
     done = _run_python(code, TRITON_INTERPRET="1")
     if "only 0-dimensional arrays" in done.stderr:
         raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
@@ -2301,8 +2475,8 @@ def _naive_varlen(q, k, v, cu_q, cu_k, causal, window, scale, softcap=None):
     return torch.cat(outs)
 
 
-def test_lowering_to_cumulative_lengths():
-    """varlen, flash-attn and xformers get stand-ins that compute what their documents say."""
+def _stand_in_packages():
+    """varlen, flash-attn and xformers as what computes in plain PyTorch what their documents say."""
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
         assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
@@ -2337,26 +2511,46 @@ def test_lowering_to_cumulative_lengths():
     bias = types.SimpleNamespace(
         BlockDiagonalMask=types.SimpleNamespace(from_seqlens=lambda q, k: BlockDiagonal(q, k))
     )
-    patch = unittest.mock.patch.multiple(
+    return unittest.mock.patch.multiple(
         __name__,
         _varlen=lambda: (varlen, False),
         _flash=lambda: (2, flash, flash),
         _xformers=lambda: (fmha, bias),
     )
-    with patch:
+
+
+def test_fuzz_lowering_to_cumulative_lengths():
+    def check(mask, batch, q_len, k_len):
+        if q_len > k_len or (mask.window and mask.padding is not None and _facts(mask)[2]):
+            return  # supports() refuses these
+        inputs = _qkv(batch, 4, 2, q_len, k_len, 16, torch.float64, "cpu")
+        found = []
+        for backend in ("reference", "varlen", "flash_attn", "xformers"):
+            if backend == "xformers" and mask.window and not mask.causal:
+                continue
+            out = RUN[backend](*inputs, mask, 0.2, None)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+            words = lambda m, b=backend: f"{b} {mask}: {m}"
+            assert_close(found[-1], found[0], msg=words)
+        got = _run_flash_attn(*inputs, mask, 0.2, 1.5)
+        assert_close(got, _run_reference(*inputs, mask, 0.2, 1.5))
+
+    with _stand_in_packages():
         for kind, (q_len, k_len) in itertools.product(KINDS, ((50, 50), (7, 50))):
-            mask = _some_mask(kind, 3, q_len, k_len, "cpu", seed=5)
-            inputs = _qkv(3, 4, 2, q_len, k_len, 16, torch.float64, "cpu")
-            ways = ["reference", "varlen", "flash_attn", "xformers"]
-            ways = ways[: 3 if kind == "window both sides" else 4]
-            found = []
-            for backend in ways:
-                out = RUN[backend](*inputs, mask, 0.2, None)
-                found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
-                words = lambda m, b=backend, n=kind: f"{b} {n}: {m}"
-                assert_close(found[-1], found[0], msg=words)
-            got = _run_flash_attn(*inputs, mask, 0.2, 1.5)
-            assert_close(got, _run_reference(*inputs, mask, 0.2, 1.5))
+            check(_some_mask(kind, 3, q_len, k_len, "cpu", seed=5), 3, q_len, k_len)
+        _fuzz(lambda case: check(*case), case=_cases(40, offsets=False))
+
+
+def test_a_mask_is_kept_for_each_length():
+    """The block tables, cumulative lengths and dense mask of all queries are not taken for some."""
+    mask = _some_mask("documents", 2, 300, 300, "cpu")
+    with _stand_in_packages():
+        for q_len in (300, 40, 300):
+            _check_blocks(mask, 2, q_len, 300)
+            inputs = _qkv(2, 4, 2, q_len, 300, 16, torch.float64, "cpu", False)
+            want = _run_reference(*inputs, mask, 0.2, None)
+            for backend in ("sdpa", "varlen"):
+                assert_close(RUN[backend](*inputs, mask, 0.2, None), want)
 
 
 def _refused(call, *words, error=ValueError):
@@ -2367,6 +2561,65 @@ def _refused(call, *words, error=ValueError):
         assert "\n" not in text and all(word in text for word in ("found", "need", *words)), text
     else:
         raise AssertionError(f"not refused: {words}")
+
+
+def test_fuzz_bad_input_is_refused_in_one_line():
+    """An argument or two with another value: what the definition says, or one line of error."""
+    from hypothesis import strategies as st
+
+    normal, zeros = torch.randn, torch.zeros
+    q, k, v = normal(2, 4, 8, 16), normal(2, 2, 8, 16), normal(2, 2, 8, 16)
+    sizes = (2, 4, 8, 16), (2, 3, 8, 16), (2, 2, 5, 16), (2, 1, 8, 16), (1, 2, 8, 16), (2, 2, 8, 20)
+    sizes += (2, 0, 8, 16), (0, 2, 8, 16), (2, 2, 0, 16), (2, 2, 8, 0), (2, 8, 16), (2, 2, 1, 16)
+    values = [normal(size) for size in sizes] + [k.half(), k.double(), k.long(), k.to("meta")]
+    values += [k.to_sparse(), k.to(torch.complex64), k.bool(), k.to(torch.float8_e4m3fn)]
+    ids, real = torch.arange(8) // 3, torch.arange(16).view(2, 8) % 5 > 0
+    values += [ids, ids.flip(0), ids.expand(2, -1), ids.int()[:5], ids.to("meta"), ids.float()]
+    values += [real, real[:1], real[0], real[:, :5], real.float(), zeros(2, 8), zeros(3, 8).bool()]
+    values += [None, True, False, 0, 1, -1, 3, 8, 2**31, 2**70, 2.5, 0.0, math.nan, math.inf]
+    values += [
+        "a",
+        "auto",
+        "sdpa",
+        "flex",
+        "sdpa_flash",
+        "varlen",
+        (),
+        [1],
+        {},
+        torch.float32,
+        Mask,
+    ]
+    values += [torch.tensor(2), torch.tensor(2.0), torch.tensor([2]), torch.tensor(2**40)]
+
+    def check(changes):
+        given = {"q": q, "k": k, "v": v, "scale": None, "softcap": None, "backend": "auto"}
+        for names, i in changes.items():
+            given |= dict.fromkeys(names.split(), values[i])
+        fields = "causal", "window", "doc_ids", "padding", "offset"
+        make = lambda: Mask(**{name: given[name] for name in fields if name in given})
+        rest = {name: value for name, value in given.items() if name not in fields}
+        try:
+            mask = rest["mask"] = given["mask"] if "mask" in given else make()
+            three = [rest[name] for name in ("q", "k", "v")]
+            if rest["backend"] != "auto":
+                reason = supports(rest["backend"], *three, mask, rest["softcap"])
+                assert reason is None or "\n" not in reason
+            got = attention(**rest)
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            assert "found" in text and "need" in text and "\n" not in text, error
+        else:
+            scale = three[0].shape[3] ** -0.5 if rest["scale"] is None else rest["scale"]
+            softcap = None if rest["softcap"] is None else float(rest["softcap"])
+            want = _run_reference(*three, replace(mask), float(scale), softcap)
+            assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+    names = ["q", "k", "v", "k v", "q k v", "mask", "causal", "window", "doc_ids", "padding"]
+    names += ["offset", "scale", "softcap", "backend"]
+    at = st.integers(0, len(values) - 1)  # (printed, if one fails, and not the value)
+    changes = st.dictionaries(st.sampled_from(names), at, max_size=2)
+    _fuzz(check, changes=changes)
 
 
 def test_bad_input_is_refused_in_one_line():
@@ -2548,7 +2801,8 @@ def test_evaluation_then_training():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs = _qkv(2, 4, 2, 140, 140, 16, dtype, device)
     masks = [Mask(window=9), _some_mask("all", 2, 140, 140, device)]
-    for mask, backend in itertools.product(masks, ("sdpa", "flex", "triton", "auto")):
+    backends = ("sdpa", "auto", "flex", "triton")[: 4 if device == "cuda" else 2]
+    for mask, backend in itertools.product(masks, backends):
         if backend != "auto" and supports(backend, *(t.detach() for t in inputs), mask):
             continue
         PLAIN.clear()
@@ -2558,6 +2812,12 @@ def test_evaluation_then_training():
             out = attention(*inputs, mask=mask, backend=backend)
             assert_close(out, want.clone())
             out.sum().backward()
+    mask, build = Mask(doc_ids=torch.arange(140) // 9), unittest.mock.Mock(return_value=_build)
+    with unittest.mock.patch(__name__ + "._compiled_build", build):
+        for mode in (True, False):
+            with torch.inference_mode(mode):
+                lowered = _lower(mask, *(torch.empty(1, 1, 140, 16) for _ in range(2)))
+            assert lowered.lo.is_inference() == mode
 
 
 def test_activation_checkpointing():
@@ -2666,6 +2926,62 @@ def test_transformers_models_equal_eager():
     _refused(lambda: dropout(torch.ones(1, 5, dtype=torch.long)), "dropout")
 
 
+def test_fuzz_masks_equal_those_of_transformers():
+    """As SDPA's for every creator of masks: packed, padded, sliding, after a cache."""
+    import transformers as tf
+    from hypothesis import strategies as st
+    from transformers import masking_utils
+
+    register()
+    names = "causal", "sliding_window_causal", "bidirectional", "bidirectional_sliding_window"
+    config = tf.LlamaConfig(num_hidden_layers=1)
+
+    def check(name, batch, size, past, longer, lengths, padding, window):
+        config.sliding_window = window
+        cache, real, position, more = None, None, None, {}
+        if name.endswith("causal"):
+            more["allow_is_causal_skip"] = False
+            if past:
+                cache = tf.DynamicCache()
+                cache.update(*torch.zeros(2, batch, 1, past, 8), 0)
+            position = (torch.arange(size) + past)[None]
+            if lengths:  # packed
+                position = _restarting(lengths, 1, "cpu")[:, :size]
+                more["position_ids"] = F.pad(position, (0, size - position.shape[1]))
+        seen = size + past * (cache is not None)
+        if padding is not None:
+            generator = torch.Generator().manual_seed(padding)
+            real = torch.rand(batch, seen + longer * (cache is None), generator=generator) < 0.7
+        make = getattr(masking_utils, f"create_{name}_mask")
+        sizes, masks = torch.empty(batch, size, 8), []
+        for way in ("flex_attn", "sdpa"):
+            config._attn_implementation = way
+            given = {"attention_mask": None if real is None else real.long(), **more}
+            masks.append(make(config, sizes, past_key_values=cache, **given))
+        ours, theirs = masks
+        k_len = seen if real is None else real.shape[1]
+        q, k = torch.empty(batch, 1, size, 8), torch.empty(batch, 1, k_len, 8)
+        sees = dense_mask(ours, q, k).expand(batch, -1, -1, -1)
+        if theirs is None:  # all see all
+            theirs = torch.ones_like(sees)
+        if real is not None:  # of queries that are padding only ours sees nothing
+            at = torch.arange(size) + (past if cache is not None else 0)
+            theirs = theirs & real[:, at][:, None, :, None]
+        assert torch.equal(sees, theirs.expand(batch, -1, -1, -1)), (ours, theirs)
+
+    _fuzz(
+        check,
+        name=st.sampled_from(names),
+        batch=st.integers(1, 3),
+        size=st.integers(1, 30),
+        past=st.sampled_from((0, 0, 1, 9)),
+        longer=st.sampled_from((0, 0, 5)),
+        lengths=st.lists(st.integers(1, 9), max_size=6),
+        padding=st.none() | st.integers(0, 2**31),
+        window=st.integers(1, 33),
+    )
+
+
 def test_compiled_decoding_with_a_static_cache():
     """As generate() does on GPUs by itself: a graph or two for all tokens, eager's tokens."""
     from transformers.generation import CompileConfig
@@ -2690,20 +3006,6 @@ def test_compiled_decoding_with_a_static_cache():
         made = _count_graphs() - before  # for 10 tokens: the last fills gemma2's sliding cache
         flex = 4 if device == "cuda" and name == "gemma2" else 0  # kernels and tables, each twice
         assert 1 <= made <= 2 + flex, f"{name}: {made} graphs"
-
-
-def test_transformers_through_flex():
-    """The FlexAttention path itself, forward: windows, softcap, packed and padded."""
-    register("flex_attn_only", backend="flex")
-    for name in ("mistral", "gemma2"):
-        eager, ours = (_model(name, way, device=_device()) for way in ("eager", "flex_attn_only"))
-        ours.load_state_dict(eager.state_dict())
-        ids = _text_ids(2, 200, _device())
-        restart = _restarting((70, 1, 129), 2, _device())
-        with torch.no_grad():
-            for more in ({}, {"position_ids": restart}):
-                want, got = (m(ids, use_cache=False, **more).logits for m in (eager, ours))
-                assert_close(got, want, atol=5e-3, rtol=5e-3)
 
 
 def test_a_packed_batch_has_each_documents_own_loss():
@@ -2754,7 +3056,8 @@ def test_whole_models_compiled():
     names = ("llama", exact), ("gemma2", exact), ("gemma2", low)
     for name, dtype in names[: 3 if device == "cuda" else 2]:
         torch._dynamo.reset()
-        model, plain = (_model(name, "flex_attn", dtype, device) for _ in range(2))
+        layers = 2 if name == "gemma2" else 1  # (that has two kinds)
+        model, plain = (_model(name, "flex_attn", dtype, device, layers) for _ in range(2))
         atol, most = (5e-3, 1e-2) if dtype == exact else (5e-2, 5e-2)
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
         made = 0
@@ -2950,9 +3253,6 @@ def _wall_ms(run, device=True):
     return (time.perf_counter() - start) * 1e3
 
 
-ORDER = random.Random(0)
-
-
 def _turns(runs, turns=5, time_ms=40):
     """Median ms on the device, in shuffled turns: a chip's heat and clock then hit all alike.
 
@@ -2960,17 +3260,28 @@ def _turns(runs, turns=5, time_ms=40):
     is then behind the host, as in training, where other layers fill the queue. With its 256 MB a
     slow host's gaps were in the times of documents (0.9 ms of work): 0.87 to 1.06 ms.
     """
-    times = {name: [] for name in runs}
+    times, order = {name: [] for name in runs}, random.Random(torch.initial_seed())
     buffer = functools.partial(torch.empty, 2**32, dtype=torch.uint8, device="cuda")
     driver = triton.runtime.driver.active
     with unittest.mock.patch.object(driver, "get_empty_cache_for_benchmark", buffer):
         for _ in range(turns):
-            for name in ORDER.sample(list(runs), len(runs)):
+            for name in order.sample(list(runs), len(runs)):
                 times[name].append(do_bench(runs[name], 10, time_ms, return_mode="median"))
     return {name: statistics.median(laps) for name, laps in times.items()}
 
 
-def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
+KINDS_TIMED = ("causal", "window", "documents")  # on a CPU these alone
+SHAPE = (4, 32, 8, 4096, 128)  # sequences, heads of q, heads of k and v, tokens, head size
+
+
+def _mask_of(kind, size, device="cuda"):
+    """The three kinds of mask that are timed, and their names."""
+    at, window, length = torch.arange(size, device=device), size // 4, size // 8
+    masks = {"causal": ("causal", Mask()), "window": (f"window {window}", Mask(window=window))}
+    return masks.get(kind) or (f"documents of {length}", Mask(doc_ids=at // length))
+
+
+def _bench_shape(words, mask, results, shape=SHAPE, softcap=None, inside=False):
     """One mask at one shape: every way checked against the others, then timed in turns."""
     batch, heads, kv_heads, size, dim = shape
     _fresh()
@@ -3015,10 +3326,9 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
     layout = "[B, S, H, D]" if inside else "[B, H, S, D]"
     host = functools.partial(_wall_ms, runs(step)["auto"], device=False)
     host_ms = statistics.median(host() for _ in range(30))
-    print(
-        f"{words} | {batch} x {heads}/{kv_heads} x {size} x {dim} {layout} | auto: {chosen}, "
-        f"{host_ms:.2f} ms on the host"
-    )
+    name = f"{words}, {batch} x {heads}/{kv_heads} x {size} x {dim}, {layout}"
+    results[name] = times | {"flop": flop, "auto": chosen, "host": host_ms}
+    print(f"{name} | auto: {chosen}, {host_ms:.2f} ms on the host")
     for name in ways:
         a, b = times["forward"][name], times["both"][name]
         rates = flop / a / 1e9, 3.5 * flop / b / 1e9
@@ -3028,11 +3338,59 @@ def _bench_shape(words, shape, mask, results, softcap=None, inside=False):
             f"ms {rates[1]:4.0f} TFLOP/s | {ratio:5.2f}x torch's flex",
             flush=True,
         )
-    results[f"{words} {shape} {layout}"] = times | {"flop": flop, "auto": chosen, "host": host_ms}
-    return times
+    return times["both"]
 
 
-def _bench_blocks(results):
+def _bench_causal(results) -> dict:
+    times = _bench_shape("causal", Mask(), results)
+    best = min(t for name, t in times.items() if name not in ("auto", "torch's flex"))
+    ours = times["triton" if "triton" in times else "flex"]
+    return {"auto_vs_best": best / times["auto"], "causal_vs_flex": times["torch's flex"] / ours}
+
+
+def _bench_window(results) -> dict:
+    times = _bench_shape(*_mask_of("window", SHAPE[3]), results)
+    return {"window_vs_dense": times["SDPA, dense mask"] / times["auto"]}
+
+
+def _bench_documents(results) -> dict:
+    times = _bench_shape(*_mask_of("documents", SHAPE[3]), results)
+    peers = {"flex": "torch's flex", "dense": "SDPA, dense mask"}
+    return {f"documents_vs_{name}": times[peer] / times["auto"] for name, peer in peers.items()}
+
+
+def _bench_layouts(results) -> dict:
+    """A token's heads side by side, as projections leave them; documents of other lengths."""
+    size = SHAPE[3]
+    for kind in KINDS_TIMED:
+        _bench_shape(*_mask_of(kind, size), results, inside=True)
+    ragged = _documents(size, torch.Generator().manual_seed(1), 400).cuda()
+    _bench_shape("documents of 1 to 800", Mask(doc_ids=ragged), results, inside=True)
+    longer = torch.arange(size, device="cuda") // 2048
+    _bench_shape("documents of 2048", Mask(doc_ids=longer), results, inside=True)
+    return {}
+
+
+def _bench_long(results) -> dict:
+    _bench_shape("causal", Mask(), results, (1, 32, 8, 16384, 128))
+    return {}
+
+
+def _bench_head64(results) -> dict:
+    for kind in KINDS_TIMED:
+        _bench_shape(*_mask_of(kind, 4096), results, (4, 32, 8, 4096, 64), inside=True)
+    return {}
+
+
+def _bench_gemma(results) -> dict:
+    for kind in KINDS_TIMED:
+        (words, mask), softcap = _mask_of(kind, 4096), None if kind == "documents" else 50.0
+        words = words if softcap is None else f"softcap {words}"
+        _bench_shape(words, mask, results, (4, 16, 8, 4096, 256), softcap, inside=True)
+    return {}
+
+
+def _bench_blocks(results) -> dict:
     """A mask's block tables, built as often as there are batches."""
     g = torch.Generator().manual_seed(0)
     for batch, size in ((4, 4096), (1, 16384), (1, 65536)):
@@ -3061,9 +3419,10 @@ def _bench_blocks(results):
             flush=True,
         )
         results[f"block tables {batch} x {size}"] = laps
+    return {}
 
 
-def _bench_graphs(results):
+def _bench_graphs(results) -> dict:
     """Compile seconds and graphs for each kind of mask, forward and backward, over LENGTHS."""
     _fresh()
     kinds = "causal", "window", "documents", "padding right", "softcap"
@@ -3088,9 +3447,10 @@ def _bench_graphs(results):
             flush=True,
         )
         results[f"graphs {backend} {kind}"] = {"graphs": made, "compile_s": slow, "call_ms": usual}
+    return {}
 
 
-def _bench_packed(results):
+def _bench_packed(results) -> dict:
     """A model trained on padded and on packed batches of the same documents."""
     import transformers as tf
 
@@ -3179,122 +3539,212 @@ def _bench_packed(results):
     results["mask_of_a_step"] = {"ms": build, "step_ms": step_ms}
     assert max(losses.values()) - min(losses.values()) < 2e-3 * max(losses.values()), losses
     results["packed"] = {"tokens_per_s": rates, "loss": losses, "lengths": lengths}
-    return rates
+    return {"packed_vs_padded": rates["flex_attn packed"] / rates["flex_attn padded"]}
 
 
-def bench_gpu(results) -> dict:
-    size = 4096
-    documents = Mask(doc_ids=torch.arange(size, device="cuda") // 512)
-    ragged = Mask(doc_ids=_documents(size, torch.Generator().manual_seed(1), 400).cuda())
-    window, shape = Mask(window=1024), (4, 32, 8, size, 128)
+TIMINGS = {"causal": _bench_causal, "window": _bench_window, "documents": _bench_documents}
+TIMINGS |= {"layouts": _bench_layouts, "long": _bench_long, "head64": _bench_head64}
+TIMINGS |= {"gemma": _bench_gemma, "blocks": _bench_blocks, "graphs": _bench_graphs}
+TIMINGS |= {"packed": _bench_packed}
+USUAL = (*KINDS_TIMED, "packed")  # by default
+UNDRAWN = ("blocks", "graphs", "packed")  # no times of backends to draw
+
+
+def bench_gpu(results, names) -> dict:
+    """TIMINGS by name; each adds its records to results, headline figures are returned."""
     head = {}
-    for inside in (False, True):
-        plain = _bench_shape("causal", shape, Mask(), results, inside=inside)
-        local = _bench_shape("window 1024", shape, window, results, inside=inside)
-        packed = _bench_shape("documents of 512", shape, documents, results, inside=inside)
-        if not inside:
-            both = lambda times, a, b: times["both"][a] / times["both"][b]
-            single = [n for n in plain["both"] if n not in ("auto", "torch's flex")]
-            best = min(plain["both"][n] for n in single)
-            head["auto_to_best"] = plain["both"]["auto"] / best
-            ours = "triton" if "triton" in plain["both"] else "flex"
-            head["causal_to_flex"] = both(plain, "torch's flex", ours)
-            head["documents_to_flex"] = both(packed, "torch's flex", "auto")
-            head["documents_to_dense"] = both(packed, "SDPA, dense mask", "auto")
-            head["window_to_dense"] = both(local, "SDPA, dense mask", "auto")
-    _bench_shape("documents, mean 400, 1 to 800", shape, ragged, results, inside=True)
-    longer = Mask(doc_ids=torch.arange(size, device="cuda") // 2048)
-    _bench_shape("documents of 2048", shape, longer, results, inside=True)
-    _bench_shape("causal", (1, 32, 8, 16384, 128), Mask(), results)
-    for mask, words in (
-        (Mask(), "causal"),
-        (window, "window 1024"),
-        (documents, "documents of 512"),
-    ):
-        _bench_shape(words, (4, 32, 8, size, 64), mask, results, inside=True)
-    gemma = (4, 16, 8, size, 256)
-    for mask, words in ((Mask(), "softcap, causal"), (window, "softcap, window 1024")):
-        _bench_shape(words, gemma, mask, results, softcap=50.0, inside=True)
-    _bench_shape("documents of 512", gemma, documents, results, inside=True)
-    _bench_blocks(results)
-    _bench_graphs(results)
-    rates = _bench_packed(results)
-    head["packed_to_padded"] = rates["flex_attn packed"] / rates["flex_attn padded"]
+    for name in names:
+        head |= TIMINGS[name](results)
     return head
 
 
-def bench_cpu(results) -> dict:
-    inputs = _qkv(1, 8, 2, 1024, 1024, 64, torch.float32, "cpu", False)
-    mask = Mask(doc_ids=torch.arange(1024) // 256)
-    times = {}
-    want = _run_reference(*inputs, mask, 1 / 8, None)
-    for name in ("auto", "sdpa_math", "flex", "reference"):
-        run = functools.partial(attention, *inputs, mask=mask, backend=name)
-        assert_close(run(), want, msg=lambda m, n=name: f"{n}: {m}")
-        times[name] = statistics.median(_wall_ms(run) for _ in range(7))
-    words = [f"{n} {t:.1f} ms ({t / times['auto']:.2f}x)" for n, t in times.items()]
-    print(f"CPU, forward, documents of 256, 1 x 8/2 x 1024 x 64 float32 | {' | '.join(words)}")
-    results["CPU"] = times
-    return {"reference_to_auto": times["reference"] / times["auto"]}
+def bench_cpu(results, names) -> dict:
+    """The kinds of mask by name, small and forward alone: FlexAttention has no backward here."""
+    batch, heads, kv_heads, size, dim = shape = 1, 8, 2, 1024, 64
+    inputs, ratios = _qkv(*shape[:3], size, size, dim, torch.float32, "cpu", False), []
+    for kind in names:
+        words, mask = _mask_of(kind, size, "cpu")
+        want, ways = _run_reference(*inputs, mask, dim**-0.5, None), {}
+        for name in ("auto", "sdpa_math", "flex", "reference"):
+            ways[name] = functools.partial(attention, mask=mask, backend=name)
+        sees = dense_mask(mask, *inputs[:2])
+        ways["SDPA, dense mask"] = functools.partial(
+            F.scaled_dot_product_attention, attn_mask=sees, enable_gqa=True
+        )
+        times = {}
+        for name, way in ways.items():
+            assert_close(way(*inputs), want, msg=lambda m, n=name: f"{n}: {m}")
+            run = functools.partial(way, *inputs)
+            times[name] = statistics.median(_wall_ms(run) for _ in range(7))
+        name = f"{words}, {batch} x {heads}/{kv_heads} x {size} x {dim}, float32"
+        results[name] = {"forward": times, "auto": _choose(*inputs, mask, None)}
+        each = (f"{n} {t:.1f} ms ({t / times['auto']:.2f}x)" for n, t in times.items())
+        print(f"{name}, forward | {' | '.join(each)}", flush=True)
+        ratios.append(times["reference"] / times["auto"])
+    return {"auto_vs_reference": statistics.geometric_mean(ratios)}
+
+
+def plot(results, path):
+    """What was timed, as a PNG: ms by mask and backend, forward + backward (GPU) or forward."""
+    from matplotlib.figure import Figure
+
+    shapes = {name: record for name, record in results.items() if "auto" in record}
+    which = "both" if all("both" in record for record in shapes.values()) else "forward"
+    bars = []  # of each shape: ms by backend, with auto's choice instead of auto
+    for record in shapes.values():
+        others = {name: t for name, t in record[which].items() if name != "auto"}
+        bars.append({record["auto"]: record[which]["auto"]} | others)
+    names = (*BACKENDS, "torch's flex", "SDPA, dense mask")
+    names = [name for name in names if any(name in times for times in bars)]
+    figure = Figure((max(9, 3 + 0.33 * sum(map(len, bars))), 5), layout="constrained", dpi=150)
+    axes, at, middles = figure.subplots(), 0, []
+    for times, record in zip(bars, shapes.values(), strict=True):
+        for name in (name for name in names if name in times):
+            chosen, color = name == record["auto"], f"C{names.index(name)}"
+            edge = {"edgecolor": "black" if chosen else color, "linewidth": 1.5}
+            bar = axes.bar(at, times[name], 0.85, color=color, **edge)
+            words = f"{times[name]:.3g}" + chosen * "  auto"
+            axes.bar_label(bar, [words], rotation=90, padding=3, fontsize=8)
+            at += 1
+        middles.append(at - (len(times) + 1) / 2)
+        at += 1
+    axes.set_xticks(middles, [name.replace(", ", "\n", 2) for name in shapes])
+    axes.set(ylabel="ms forward + backward" if which == "both" else "ms forward")
+    axes.margins(y=0.15)
+    device = torch.cuda.get_device_name() if which == "both" else "CPU"
+    axes.set_title(f"Attention by mask and backend, {device} (auto: what backend='auto' takes)")
+    handles = [axes.bar(0, 0, color=f"C{i}") for i in range(len(names))]
+    figure.legend(handles, names, loc="outside right center")
+    _write(path, lambda part: figure.savefig(part, format="png"))
+    print(f"drawn: {path}")
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def _self_test() -> tuple[int, int]:
+def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
+    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed = []
+    passed, errors = [], []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["flex_attn"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
-    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, "-W", "ignore", "--show-capture=no", __file__], plugins)
-    interrupted = code == pytest.ExitCode.INTERRUPTED
-    return 130 if interrupted else int(code != 0), len(passed)
+    quiet += ["-W", "ignore", "--show-capture=no"]
+    if fuzz:
+        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
+        quiet += ["-k", "fuzz"]
+    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
+    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    for error in errors:
+        if isinstance(error, ImportError):  # a package is missing, which is no failed check
+            raise error
+    return int(code != 0), len(passed)
 
 
-def main(argv=None) -> int:
+def _check_paths(*paths):
+    """What is written last is looked at first: no folder has a file's name, and theirs are made."""
+    for path in filter(None, paths):
+        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+        folder = Path(path).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder}: found {error.strerror}, need a folder to write to") from error
+
+
+def _write(path, save):
+    """save(a temporary path), which then gets its name: no half of a file ever has it."""
+    part = Path(f"{path}.part")
+    try:
+        save(part)
+        part.replace(path)
+    except OSError as error:
+        found = error.strerror or error
+        raise OSError(f"{path}: found {found}, need room and leave to write") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _explain(error) -> tuple[int, str]:
+    """(exit code, one line) for what ended a run; "" if it was not foreseen."""
+    line = " ".join(str(error).split())[:400]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, AssertionError):
+        return 1, f"a check failed: {line}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return 1, f"out of memory: {line[:120]}, need a GPU with more free memory"
+    if isinstance(error, ImportError):
+        return 77, f"found no {error.name}, need requirements.txt installed"
+    if isinstance(error, (ValueError, TypeError, OSError)):
+        return 2, line
+    return 1, ""
+
+
+def _parser():
     first, usage = __doc__.split("\n")[0], __doc__[__doc__.index("    python ") :]
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=usage, formatter_class=style)
     option = parser.add_argument
     option("--test", action="store_true", help="the self-test alone")
     option("--bench", action="store_true", help="the timings alone")
+    option("--fuzz", type=int, metavar="N", help="the random tests alone, with N cases each")
+    names = f"of {', '.join(TIMINGS)} (default: {','.join(USUAL)})"
+    option("--only", metavar="NAMES", help=f"{names}; on a CPU {', '.join(KINDS_TIMED)} alone")
+    option("--seed", type=int, default=0, help="of timings and --fuzz (default: 0)")
+    option("--plot", metavar="PATH", help="times by kind of mask as PNG (needs matplotlib)")
     option("--json", metavar="PATH", help="also write the results as JSON")
-    args, seed, gpu = parser.parse_args(argv), 0, _device() == "cuda"
+    return parser
+
+
+def main(argv=None) -> int:
+    parser = _parser()
+    args, gpu = parser.parse_args(argv), _device() == "cuda"
+    tests = args.test or args.fuzz or not args.bench
+    times = args.bench or not (args.test or args.fuzz)
+    if not times and (args.plot or args.only):
+        parser.error("--plot and --only are for the timings")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
-    versions |= {"cuda": torch.version.cuda, "seed": seed}
+    versions |= {"cuda": torch.version.cuda, "seed": args.seed}
     print("flex_attn", device, *(f"{k} {v}" for k, v in versions.items()), sep=" | ", flush=True)
     if device != "CPU" and not gpu:
         print(f"flex_attn: found {device}, need compute capability 8.0: everything on the CPU")
-    torch.manual_seed(seed)
     results, head, code, checks = {}, {}, 0, 0
+    known = TIMINGS if gpu else KINDS_TIMED
+    names = args.only.split(",") if args.only else [name for name in USUAL if name in known]
     try:
-        code, checks = _self_test() if args.test or not args.bench else (0, 0)
-        if not code and (args.bench or not args.test):
-            head = bench_gpu(results) if gpu else bench_cpu(results)
+        _need(args.fuzz is None or args.fuzz > 0, "--fuzz", args.fuzz, "1 case or more")
+        _need(abs(args.seed) < 2**63, "--seed", args.seed, "64 bits")
+        torch.manual_seed(args.seed)
+        for name in names:
+            _need(name in known, "--only", name, f"some of {', '.join(known)}")
+        drawn = any(name not in UNDRAWN for name in names)
+        _need(drawn or not args.plot, "--plot", args.only, "a timing of backends among --only")
+        if args.plot:  # what is written last is looked at first
+            import matplotlib  # noqa: F401
+        _check_paths(args.plot, args.json)
+        if tests:
+            code, checks = _self_test(args.fuzz, args.seed)
+        if times and not code:
+            head = (bench_gpu if gpu else bench_cpu)(results, names)
+            if args.plot:
+                plot(results, args.plot)
         if args.json:
-            part = Path(f"{args.json}.part")
-            part.write_text(json.dumps({"device": device, **versions, **results, **head}, indent=1))
-            part.replace(args.json)
-    except KeyboardInterrupt:
-        code = 130
-    except AssertionError as error:
-        print(f"flex_attn: a check before the timings failed: {error}", file=sys.stderr)
-        code = 1
-    except (ValueError, TypeError, OSError) as error:
-        print(f"flex_attn: {error}", file=sys.stderr)
-        code = 2
-    except ImportError as error:
-        found = f"flex_attn: found no {error.name}, need requirements.txt installed"
-        print(found, file=sys.stderr)
-        code = 77
+            found = {"device": device, **versions, **results, **head}
+            _write(args.json, lambda part: part.write_text(json.dumps(found, indent=1)))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (a traceback if unforeseen)
+        code, words = _explain(error)
+        print(f"flex_attn: {words}" if words else traceback.format_exc(), file=sys.stderr)
     figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
     print(f"RESULT flex_attn {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
     return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPT)
     sys.exit(main())

@@ -837,7 +837,12 @@ def _sass(compiled) -> tuple[list[str], dict[str, int]]:
 def test_every_architecture_compiles_without_spills_or_fused_scales():
     for sm, dtype, numel in itertools.product(CHIPS, DTYPES.values(), (2**22, 2**24)):
         tile = _tile(numel, CHIPS[sm][2])
-        code, used = _sass(compile_kernel(sm, dtype, tile=tile))
+        compiled = compile_kernel(sm, dtype, tile=tile)
+        wide = r"(%\w+) = tt.get_program_id x[^\n]*\n\s*%\w+ = arith.extsi \1 : i32 to i64"
+        assert re.search(wide, compiled.asm["ttir"])  # before it is multiplied: 2^31 weights
+        by_integers = "arith.minsi" in compiled.asm["ttir"]
+        assert by_integers == (dtype == "bf16" and sm < 80)  # bf16's rounding
+        code, used = _sass(compiled)
         starts = [op.split(".")[0] for op in code]
         assert used["STACK"] == used["LOCAL"] == 0 and not {"LDL", "STL"} & set(starts), used
         assert starts.count("FFMA") == 0, (sm, dtype)
@@ -1210,7 +1215,7 @@ def _bench_step(results, peers) -> dict:
     patches = {"ours": patch_bitsandbytes, "bitsandbytes": contextlib.nullcontext}
     times = _wall_us(patches, 50, step)
     _say(results, "QLoRA step, 4 layers of Llama 1B, 2048 tokens", times)
-    return {"qlora_step": times["bitsandbytes"] / times["ours"]}
+    return {"qlora_step_vs_bitsandbytes": times["bitsandbytes"] / times["ours"]}
 
 
 def _bench_challenge(results, peers) -> dict:
@@ -1227,15 +1232,13 @@ def _bench_challenge(results, peers) -> dict:
         total = {name: total.get(name, 0) + t for name, t in times.items()}
         _say(results, f"challenge {option[2]}x{option[3]} {DTYPES[option[5]]}", times, "us a round")
     _say(results, "challenge, its three options", total, "us a round")
-    head = {"challenge": total["reference"] / total["ours"]}
-    head["floor"] = total["ours"] / total["memset"]
-    if "unsloth" in total:
-        head["unsloth"] = total["unsloth"] / total["ours"]
-    return head
+    kinds = [kind for kind in ("reference", "unsloth", "memset") if kind in total]
+    return {f"challenge_vs_{kind}": total[kind] / total["ours"] for kind in kinds}
 
 
 def _bench_kernel(results, peers) -> dict:
-    ratios, timed = [], [p for p in peers if p in ("ours", "memset", "reference", "unsloth")]
+    timed = [p for p in peers if p in ("ours", "reference", "unsloth", "memset")]
+    ratios = {peer: [] for peer in timed}
     for name, shape in SHAPES.items():
         dtype = torch.float16 if name == "Llama 1B up" else torch.bfloat16
         ideal, times = math.prod(shape) * (PACKED_BYTES + dtype.itemsize), {}
@@ -1247,10 +1250,11 @@ def _bench_kernel(results, peers) -> dict:
             times[peer] = time_ms * 1e3 / len(layers)
         rate, floor = ideal / times["ours"] / 1e3, times["ours"] / times["memset"]
         name = f"kernel {name} {shape[0]}x{shape[1]} {DTYPES[dtype]}"
-        more = {"bytes": ideal, "written": math.prod(shape) * dtype.itemsize}
-        _say(results, f"{name}: {rate:.0f} GB/s, {floor:.3f} memset", times, **more)
-        ratios.append(times.get("unsloth", math.nan) / times["ours"])
-    return {"unsloth_kernel": statistics.geometric_mean(ratios[:4])} if "unsloth" in timed else {}
+        _say(results, f"{name}: {rate:.0f} GB/s, {floor:.3f} memset", times, bytes=ideal)
+        for peer in timed:
+            ratios[peer].append(times[peer] / times["ours"])
+    mean = statistics.geometric_mean
+    return {f"kernel_vs_{kind}": mean(parts) for kind, parts in ratios.items() if kind != "ours"}
 
 
 def _bench_host(results, peers) -> dict:
@@ -1271,8 +1275,6 @@ TIMINGS |= {"host": _bench_host}
 
 def bench_gpu(results, names) -> dict:
     """TIMINGS by name; each adds its records to results, headline figures are returned."""
-    for name in names:
-        _need(name in TIMINGS, "--only", name, f"of {', '.join(TIMINGS)}")
     head, peers = {}, None
     for name in (n for n in TIMINGS if n in names):
         if peers is None and name != "step":  # importing Unsloth patches transformers: after that
@@ -1289,7 +1291,7 @@ def bench_cpu(results) -> dict:
     peers = {"ours": dequantize_nf4, "bitsandbytes": bnb.dequantize_4bit, "memset": _memset}
     times = _wall_us(peers, 100, lambda peer: _of(peer, layer))
     _say(results, "the PyTorch path on the CPU, 4096x1024 fp16", times)
-    return {"cpu_us": times["ours"]}
+    return {"cpu_vs_bitsandbytes": times["bitsandbytes"] / times["ours"]}
 
 
 def plot(results, path):
@@ -1299,12 +1301,12 @@ def plot(results, path):
     figure = Figure((8, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
     kernels = sorted((r for r in results.values() if "bytes" in r), key=lambda r: r["bytes"])
-    skip = "unit", "bytes", "written"
+    skip = "unit", "bytes"
     if kernels:
         device = torch.cuda.get_device_name()
         for name in (k for k in kernels[0] if k not in skip):
-            rates = [r["written" if name == "memset" else "bytes"] / r[name] / 1e3 for r in kernels]
-            label = "memset of the output" if name == "memset" else name
+            rates = [r["bytes"] / r[name] / 1e3 for r in kernels]
+            label = "in the time of a memset of the output" if name == "memset" else name
             style = "k--" if name == "memset" else "o-"
             axes.plot([r["bytes"] / 2**20 for r in kernels], rates, style, label=label)
         major, minor = torch.cuda.get_device_capability()
@@ -1411,18 +1413,34 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed = []
+    passed, errors = [], []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["nf4_triton"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
     quiet += ["-W", "ignore", "--show-capture=no"]
     if fuzz:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
-    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, __file__], plugins)
-    interrupted = code == pytest.ExitCode.INTERRUPTED
-    return 130 if interrupted else int(code != 0), len(passed)
+    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
+    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    for error in errors:
+        if isinstance(error, ImportError):  # a package is missing, which is no failed check
+            raise error
+    return int(code != 0), len(passed)
+
+
+def _check_paths(*paths):
+    """What is written last is looked at first: no folder has a file's name, and theirs are made."""
+    for path in filter(None, paths):
+        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+        folder = Path(path).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder}: found {error.strerror}, need a folder to write to") from error
 
 
 def _write(path, save):
@@ -1432,8 +1450,10 @@ def _write(path, save):
         save(part)
         part.replace(path)
     except OSError as error:
+        found = error.strerror or error
+        raise OSError(f"{path}: found {found}, need room and leave to write") from error
+    finally:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: found {error.strerror}, need room and leave to write") from error
 
 
 def _explain(error) -> tuple[int, str]:
@@ -1463,7 +1483,7 @@ def _parser():
     option("--test", action="store_true", help="the self-test alone")
     option("--bench", action="store_true", help="the timings alone")
     option("--fuzz", type=int, metavar="N", help="the random tests alone, with N cases each")
-    option("--only", metavar="NAMES", help="of step, challenge, kernel, host (default: all)")
+    option("--only", metavar="NAMES", help=f"of {', '.join(TIMINGS)} (default: all)")
     option("--seed", type=int, default=0, help="of timings and --fuzz (default: 0)")
     option("--plot", metavar="PATH", help="rates beside the memory's as PNG (needs matplotlib)")
     option("--json", metavar="PATH", help="also write the results as JSON")
@@ -1484,15 +1504,18 @@ def main(argv=None) -> int:
     print("nf4_triton", device, *(f"{k} {v}" for k, v in versions.items()), sep=" | ", flush=True)
     if device != "CPU" and not gpu:
         print(f"nf4_triton: found {device}, need compute capability 7.5: everything on the CPU")
-    torch.manual_seed(args.seed)
     results, head, code, checks = {}, {}, 0, 0
+    names = args.only.split(",") if args.only else [*TIMINGS]
     try:
+        _need(args.fuzz is None or args.fuzz > 0, "--fuzz", args.fuzz, "1 case or more")
+        _need(abs(args.seed) < 2**63, "--seed", args.seed, "64 bits")
+        torch.manual_seed(args.seed)
+        _need(gpu or not args.only, "--only", "no GPU", "one: a CPU has one timing")
+        for name in names:
+            _need(name in TIMINGS, "--only", name, f"some of {', '.join(TIMINGS)}")
         if args.plot:  # what is written last is looked at first
             import matplotlib  # noqa: F401
-        for path in filter(None, (args.plot, args.json)):
-            _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
-            Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-        _need(gpu or not args.only, "--only", "no GPU", "one: a CPU has one timing")
+        _check_paths(args.plot, args.json)
         if args.target:
             print_target(int(args.target[3:]), results)
         if args.storage is not None:
@@ -1502,7 +1525,6 @@ def main(argv=None) -> int:
         if tests:
             code, checks = _self_test(args.fuzz, args.seed)
         if times and not code:
-            names = args.only.split(",") if args.only else [*TIMINGS]
             head = bench_gpu(results, names) if gpu else bench_cpu(results)
             if args.plot:
                 plot(results, args.plot)

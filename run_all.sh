@@ -47,7 +47,8 @@ fi
 
 mkdir -p results || fail "cannot make results/, need a directory that can be written" 2
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-rows=() failed=0
+rows=() failed=0 stopped=
+trap 'stopped=1' INT  # torchrun exits with 1 then
 for name in "${names[@]}"; do
   command=("$python" "$name.py")
   if [[ $name == qlora_fsdp2 ]]; then  # one process a GPU, or 2 gloo ranks on the CPU
@@ -58,6 +59,7 @@ for name in "${names[@]}"; do
   start=$SECONDS
   "${command[@]}" --json "results/$name.json" "${plot[@]}" 2>&1 | tee -i "results/$name.log"
   code=${PIPESTATUS[0]}
+  [[ $stopped ]] && code=130
   case $code in
     0) state=PASS ;;
     77) state=SKIP ;;
