@@ -26,6 +26,7 @@ The head and the embedding are in 16 bits, frozen; with --base shard in the host
 Two T4s were not at hand: README.md says what was done instead.
 
     python qlora_fsdp2.py                  self-test, then timings; --test or --bench for one
+    python qlora_fsdp2.py --bench --only 8b,shard,peers --plot losses.png --json times.json
     torchrun --nproc_per_node 2 qlora_fsdp2.py --model unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit
         --dataset data.jsonl --max_length 2048 --per_device_train_batch_size 2
         --gradient_accumulation_steps 4 --max_steps 60 --gradient_checkpointing true --fp16 true
@@ -34,6 +35,7 @@ Two T4s were not at hand: README.md says what was done instead.
     torchrun ... --resume_from_checkpoint true         on as many GPUs or another number
 """
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -49,6 +51,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import statistics
@@ -57,9 +60,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from unittest import mock
@@ -87,7 +91,7 @@ try:
     import chunked_ce
     import compile_qlora
     from compile_qlora import GIB, TARGETS, _import, _need
-    from nf4_triton import dequantize_nf4
+    from nf4_triton import NF4, _unpack, dequantize_nf4
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "compile_qlora", "flex_attn", "nf4_triton"):
         raise
@@ -97,8 +101,17 @@ except ModuleNotFoundError as error:
     print(found, file=sys.stderr)
     sys.exit(77)
 
+FUZZ_CASES = "25"  # of each random test in the self-test
 ALIGN = 256  # bytes between the starts of tensors in a unit's buffer
 SHARD_BYTES = 5 * 10**9  # of a merged model's files
+TIMINGS = "parity", "8b", "shard", "peers", "t4", "70b"  # on GPUs, by --only
+PEERS = {
+    "hf_ddp": "transformers Trainer, DDP",
+    "unsloth_ddp": "Unsloth, DDP",
+    "unsloth_fsdp2": "Unsloth, its FSDP2",
+    "hf_fsdp2": "transformers Trainer, FSDP2 by accelerate",
+}
+DEFAULT = "8b", "hf_ddp"
 
 
 class Missing(RuntimeError):
@@ -130,8 +143,9 @@ def _environment() -> tuple[int, int, int]:
     given = [name for name in names if name in os.environ]
     found = ", ".join(given)
     _need(len(given) in (0, 3), "environment", found, f"all of {', '.join(names)}: use torchrun")
-    numbers = [int(os.environ[name]) for name in given] or [0, 1, 0]
-    rank, size, local = numbers
+    values = [os.environ[name] for name in given] or ["0", "1", "0"]
+    _need(all(v.isdigit() for v in values), found, ", ".join(values), "numbers: use torchrun")
+    rank, size, local = map(int, values)
     _need(0 <= rank < size, "RANK", f"{rank} of WORLD_SIZE {size}", f"0 to {size - 1}")
     return rank, size, local
 
@@ -173,12 +187,15 @@ class _Voice:
                 self.store = dist.TCPStore(address, int(port), **how)
 
     def say(self, words):
+        """What ended this run, a traceback if that was not foreseen, and the RESULT line: it is the
+        one rank that speaks who writes it, as the first may be gone."""
         with contextlib.suppress(RuntimeError):
             count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             if self.store is not None and self.store.add(f"qlora_fsdp2/said/{count}", 1) > 1:
                 return
         who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"qlora_fsdp2: {who}{words}", file=sys.stderr, flush=True)
+        line = f"qlora_fsdp2: {who}{words}" if words else traceback.format_exc()
+        print(line, file=sys.stderr, flush=True)
         print("RESULT qlora_fsdp2 FAIL", flush=True)
 
 
@@ -186,19 +203,30 @@ _voice = _Voice()
 
 
 def _end_with_the_others():
-    """torchrun sends SIGTERM when a rank has died. Python runs no handler while a collective waits
-    for that rank, but the interpreter writes the signal's number to a pipe at once."""
+    """torchrun sends SIGTERM when a rank has died, and SIGINT after Ctrl-C. Python runs no handler
+    while a collective waits for a rank, but the interpreter writes the signal's number to a pipe at
+    once. Of a torchrun that was killed, ranks would go on by themselves."""
     read, write = os.pipe()
     os.set_blocking(write, False)
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def end(code, words):
+        _voice.say(f"{words}; {_last_words()}")
+        os._exit(code)
 
     def watch():
-        while signals := os.read(read, 1):
-            if signals[0] == signal.SIGTERM:
-                what = "another rank has ended, or the job was stopped from outside"
-                _voice.say(f"stopped: {what}; {_last_words()}")
-                os._exit(143)
+        while True:
+            ready, _, _ = select.select([read], [], [], 1.0)
+            number = os.read(read, 1)[0] if ready else 0
+            if number == signal.SIGINT:
+                end(130, "interrupted")
+            if number == signal.SIGTERM:
+                end(143, "stopped: another rank has ended, or the job was stopped from outside")
+            if parent not in (None, os.getppid()):
+                end(143, "stopped: torchrun has ended")
 
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -255,12 +283,25 @@ class Options(compile_qlora.ModelOptions):
         default="float32", metadata={"help": "gradients are reduced in float32, or half"}
     )
     compile: bool = field(default=True, metadata={"help": "false: the same functions, eager"})
+    only: str | None = field(
+        default=None,
+        metadata={
+            "help": f"on GPUs, of {', '.join((*TIMINGS, *PEERS))} "
+            f"(default: {', '.join(DEFAULT)}; --plot adds parity)",
+            "metavar": "NAMES",
+        },
+    )
     memory_cap_gib: float = field(
         default=0.0, metadata={"help": "PyTorch may take so much of each GPU; 0: all"}
     )
     merge: bool = field(
         default=False, metadata={"help": "also write a merged 16-bit model, to output_dir/merged"}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        ok = 0 <= self.memory_cap_gib < math.inf
+        _need(ok, "memory_cap_gib", self.memory_cap_gib, "0 or more GiB")
 
 
 def _check_options(options, args, world):
@@ -353,7 +394,13 @@ class Source:
         self.folder = Path(folder)
         index, single = self.folder / "model.safetensors.index.json", "model.safetensors"
         if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
+            try:
+                self.files = dict(json.loads(index.read_bytes())["weight_map"])
+            except (KeyError, TypeError, ValueError):
+                found = f"{index} without a weight_map"
+                raise ValueError(
+                    f"model: found {found}, need a whole file: fetch it again"
+                ) from None
         else:
             need = "model.safetensors or model.safetensors.index.json"
             _need((self.folder / single).is_file(), "model", f"no safetensors in {folder}", need)
@@ -394,7 +441,7 @@ def fetch(path, world) -> str:
                 folder = get()
             except Exception as error:  # noqa: BLE001 (the hub's client raises a dozen kinds)
                 words = " ".join(str(error).split())[:160]
-                need = "a directory, or a hub id that can be fetched"
+                need = "a local directory, or a hub id that this machine can fetch"
                 raise ValueError(f"model: found {path!r} ({words}), need {need}") from None
         dist.barrier(group=world.gloo)
     return folder
@@ -479,12 +526,20 @@ def _tensors(entry, source, dtype, device):
     if not ready:
         ok = value.shape == entry.shape
         _need(ok, key, f"shape {tuple(value.shape)}", f"{tuple(entry.shape)} by the config")
+        _need(value.is_floating_point(), key, value.dtype, "a floating-point tensor")
     if not entry.linear:
-        return {"": value.to(dtype) if value.is_floating_point() else value}, None
+        return {"": value.to(dtype)}, None
     if ready:
-        names = [name for name in source.files if name.startswith(f"{key}.")]
+        parts = {n: source.read(n) for n in source.files if n.startswith(f"{key}.")}
         packed = value.to(device).contiguous().view(torch.uint8)
-        state = bnb.QuantState.from_dict({n: source.read(n) for n in names}, device)
+        try:
+            state = bnb.QuantState.from_dict(parts, device)
+            _unpack(packed, state)
+            torch.testing.assert_close(parts[f"{key}.quant_map"], torch.tensor(NF4))
+        except Exception as error:  # noqa: BLE001 (whatever a torn state makes of bitsandbytes)
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            found = f"a state that cannot be read ({words})"
+            raise ValueError(f"{key}: found {found}, need one as bitsandbytes saves it") from None
     else:
         value = value.to(device).to(dtype).contiguous()
         packed, state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
@@ -1624,19 +1679,53 @@ def _delta(module, like):
 # Runs in processes of their own: what the self-test and the timings start
 
 
-def _torchrun(ranks, argv, *, timeout=900, before=None, **env):
-    """This script under torchrun: the finished process, output as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), os.path.abspath(__file__), *argv]
-    return subprocess.run(
-        command,
-        env=_plain_environment() | env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        preexec_fn=before,
-    )
+_started = set()  # processes to end with this one
+
+
+def _start(ranks, argv, env, **how):
+    """This script in processes of its own: under torchrun, or with 0 ranks in one without it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    torchrun += ["--log-dir", f"{_folder().name}/torchrun"]
+    command = [sys.executable, *(torchrun if ranks else ()), os.path.abspath(__file__), *argv]
+    process = subprocess.Popen(command, env=_plain_environment() | env, text=True, **how)
+    _started.add(process)
+    return process
+
+
+def _end(*processes):
+    """Ends them, and they what they started."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        _started.discard(process)
+
+
+def _launch(ranks, argv, *, before=None, **env):
+    """_start's processes when they have ended, output as text."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = _start(ranks, argv, env, preexec_fn=before, **pipes)
+    try:
+        out, err = process.communicate(timeout=900)
+    finally:
+        _end(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _beside(*jobs) -> list:
+    """Results of functions that wait for processes, run in threads."""
+    with concurrent.futures.ThreadPoolExecutor(len(jobs) if _gpus() else 2) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # also Ctrl-C: a thread would wait as long as its process runs
+            for future in futures:
+                future.cancel()
+            _end(*_started)
+            raise
 
 
 def _plain_environment():
@@ -1651,17 +1740,66 @@ def _plain_environment():
     return env | plain
 
 
-def _jobs(ranks, specs, **how) -> list[dict]:
-    """worker's results for each of specs, in one torchrun. AssertionError if it failed."""
-    done = _torchrun(ranks, ["--worker", json.dumps(specs)], **how)
-    found = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("WORKER ")]
-    said = (done.stdout + done.stderr)[-3000:]
-    assert done.returncode == 0 and len(found) == len(specs), (done.returncode, said)
-    return found
+class _Ranks:
+    """Ranks that wait for specs on standard input: their start takes longer than most of those."""
+
+    def __init__(self, ranks, env):
+        self.lock = threading.Lock()
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the ranks)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
+        self.process = _start(ranks, ["--worker", "-"], env, **pipes)
+        atexit.register(_end, self.process)
+
+    def run(self, specs) -> list[dict]:
+        found, others = [], []
+        late = threading.Timer(900, self.process.terminate)
+        with self.lock:
+            late.start()
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    print(json.dumps(specs), file=self.process.stdin, flush=True)
+                while len(found) < len(specs) and (line := self.process.stdout.readline()):
+                    if line.startswith("WORKER "):
+                        found.append(json.loads(line[7:]))
+                    else:
+                        others.append(line)
+            finally:
+                late.cancel()
+        if len(found) < len(specs):
+            _end(self.process)
+            self.said.seek(0)
+            said = ("".join(others) + self.said.read())[-3000:]
+            raise AssertionError(f"{len(found)} of {len(specs)} runs ended well: {said}")
+        return found
+
+
+_waiting, _waiting_lock = {}, threading.Lock()
+
+
+def _jobs(ranks, specs, **env) -> list[dict]:
+    """worker's results for each of specs. AssertionError if one failed."""
+    with _waiting_lock:
+        key = ranks, *env.items()
+        usual = [] if _waiting or _gpus() < 2 else [(0, ()), (2, ()), (2, (*NO_GPU.items(),))]
+        for count, given in [*usual, (ranks, (*env.items(),))]:  # starts that overlap
+            one = count, *given
+            if one not in _waiting or _waiting[one].process.poll() is not None:
+                _waiting[one] = _Ranks(count, dict(given))
+    return _waiting[key].run(specs)
 
 
 def worker(spec: dict, world) -> dict:
-    """One run among the ranks: {path, options, args, ...}, or {call: a function's name}."""
+    """One run among the ranks: {path, options, args, ...}, or {call: a function's name}. With a
+    stack of compile_qlora.py it is that script's run in one process. {fails: a spec} gives what is
+    said of a run that ends in an error on all ranks."""
+    if "fails" in spec:
+        try:
+            worker(spec["fails"], world)
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 (to be looked at)
+            return dict(zip(("code", "said"), _explain(error), strict=True))
+        raise AssertionError(f"{spec['fails']} ended well")
+    if "argv" in spec:
+        return _train(*_parse(spec["argv"]), world)
     if "call" in spec:
         return globals()[spec["call"]](world, **spec.get("with", {})) or {}
     options = Options(**spec.get("options", {}))
@@ -1676,6 +1814,8 @@ def worker(spec: dict, world) -> dict:
         rows = compile_qlora._rows(spec["path"], None, options.max_length, options.packing)
         rows = rows[: spec["rows"]]
     _check_options(options, args, world)
+    if "stack" in spec:
+        return _one_process(spec, options, args)
     _voice.output_dir = args.output_dir
     with _fault(spec.get("fault"), world):
         more = {"resume": spec.get("resume"), "profile_at": spec.get("profile_at", 0)}
@@ -1710,6 +1850,17 @@ def worker(spec: dict, world) -> dict:
         "breaks": compile_qlora._breaks().total(),
         "log": [entry for entry in run.trainer.state.log_history if "loss" in entry],
     }
+
+
+def _one_process(spec, options, args):
+    """worker's results, as far as there are any, of a stack of compile_qlora.py."""
+    same = {f.name: getattr(options, f.name) for f in fields(compile_qlora.ModelOptions)}
+    path, stock = spec["path"], compile_qlora._rows
+    rows = lambda *given: stock(*given)[: spec["rows"]]
+    with mock.patch.object(compile_qlora, "_rows", rows):
+        run = compile_qlora.train(spec["stack"], path, compile_qlora.Options(**same), args)
+    found = {"name": spec["name"], "losses": run.losses, "tokens_per_s": run.tokens_per_s}
+    return found | {"first_s": run.first_s, "peak_gib": run.peak_gib["training"]}
 
 
 def _device_peaks(world):
@@ -1769,17 +1920,13 @@ def _gpus():
     return torch.cuda.device_count()
 
 
-def _ranks():
-    return _gpus() if _gpus() > 1 else 2
-
-
 def _on_cpu():
-    return {} if _gpus() > 1 else {"CUDA_VISIBLE_DEVICES": ""}
+    return {} if _gpus() > 1 else NO_GPU
 
 
-def _needs_gpus(count):
-    if _gpus() < count:
-        raise unittest.SkipTest(f"needs {count} CUDA GPUs")
+def _skip_unless(gpus):
+    if _gpus() < gpus:
+        raise unittest.SkipTest(f"needs {gpus} CUDA GPU(s)")
 
 
 @functools.cache
@@ -1796,9 +1943,11 @@ def _checkpoint(name="tiny", config=None, quantised=True, dtype=torch.float32):
     return str(directory)
 
 
-STEPS = 60
+STEPS = 36
 BATCH = {"per_device_train_batch_size": 2, "learning_rate": 2e-3, "max_grad_norm": 0.5}
 SMALL = {"lora_r": 8, "lora_alpha": 16, "max_length": 96}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+CPU_STEPS = 24  # of the timings on a CPU
 ROWS = 45  # 11 steps of 4 rows, and one row: one rank has none in each epoch's last step
 
 
@@ -1810,12 +1959,11 @@ def _spec(name="", path=None, steps=STEPS, accumulate=1, options=None, **more):
     return {"name": name, "path": path, "options": options, "args": args, "rows": ROWS, **more}
 
 
-@functools.cache
-def _single(accumulate, steps=STEPS, order=False, packing=False):
-    """Losses of stock Trainer, transformers and PEFT in this process, 4 rows a step for 2. Packed,
+def _single(world, accumulate, order=False, packing=False):
+    """Losses of stock Trainer, transformers and PEFT in one process, 4 rows a step for 2. Packed,
     of compile_qlora's functions: transformers' own mask for it is another matter."""
     args = compile_qlora._arguments(
-        **BATCH, max_steps=steps, gradient_accumulation_steps=accumulate, use_cpu=True
+        **BATCH, max_steps=STEPS, gradient_accumulation_steps=accumulate, use_cpu=True
     )
     options = compile_qlora.Options(**SMALL, packing=packing)
     rows = compile_qlora._rows(_checkpoint(), None, options.max_length, packing)[:ROWS]
@@ -1825,7 +1973,7 @@ def _single(accumulate, steps=STEPS, order=False, packing=False):
         for other in change if order else ():
             stack.enter_context(other())
         stack = "ours" if packing else "hf"
-        return compile_qlora.train(stack, _checkpoint(), options, args).losses
+        return {"losses": compile_qlora.train(stack, _checkpoint(), options, args).losses}
 
 
 def _apart(a, b):
@@ -1833,21 +1981,390 @@ def _apart(a, b):
     return compile_qlora.difference(a, b)
 
 
+def _fuzz(check, **drawn):
+    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
+    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
+    import hypothesis
+
+    cases, seed = os.environ.get("FUZZ_CASES", FUZZ_CASES), os.environ.get("FUZZ_SEED", "0")
+    settings = hypothesis.settings(
+        max_examples=int(cases),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
+
+
+def _drawn(**drawn) -> list[dict]:
+    """The values themselves, for ranks to check."""
+    cases = []
+    _fuzz(lambda **case: cases.append(case), **drawn)
+    return cases
+
+
+def _random(shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _lists_of_shapes(most):
+    from hypothesis import strategies as st
+
+    return st.lists(st.lists(st.integers(1, most), min_size=1, max_size=3), min_size=1, max_size=5)
+
+
+def test_fuzz_rows_are_dealt_as_one_process_reads_them():
+    from accelerate.data_loader import SeedableRandomSampler
+    from hypothesis import strategies as st
+
+    def check(rows, batch, size, seed, epoch):
+        whole = SeedableRandomSampler(range(rows), data_seed=seed)
+        whole.set_epoch(epoch)
+        want = [*torch.utils.data.BatchSampler(whole, batch, drop_last=False)]
+        ranks = [Dealt(rows, batch, rank, size, seed, lambda: epoch) for rank in range(size)]
+        assert {len([*rank]) for rank in ranks} == {len(ranks[0])}
+        dealt = [part for turn in zip(*ranks, strict=True) for part in turn]
+        assert dealt[: len(want)] == want and not any(dealt[len(want) :])
+        assert len(dealt) - len(want) < size  # no turn in which nobody has rows
+
+    small = st.integers(1, 9)
+    rows, seed = st.integers(1, 99), st.integers(0, 2**31)
+    _fuzz(check, rows=rows, batch=small, size=small, seed=seed, epoch=st.integers(0, 99))
+
+
+def test_fuzz_clipping_equals_float64():
+    from hypothesis import strategies as st
+
+    def check(shapes, dtypes, scale, limit, seed):
+        kinds = itertools.cycle(dtypes)
+        params = [torch.zeros(shape, dtype=kind) for shape, kind in zip(shapes, kinds)]
+        for i, p in enumerate(params):
+            p.grad = _random(p.shape, seed + i).mul(scale).to(p.dtype)
+        grads = [p.grad.double().clone() for p in params]
+        want = torch.cat([g.flatten() for g in grads]).norm()
+        bare = torch.zeros(3)  # of which there is no gradient
+        norm, near = (
+            clip_grad_norm([bare, *params], limit),
+            3e-2 if torch.bfloat16 in dtypes else 1e-5,
+        )
+        torch.testing.assert_close(norm.double(), want, rtol=near, atol=0)
+        factor = min(1.0, limit / (want + 1e-6)) if 0 < limit < math.inf else 1.0
+        for p, g in zip(params, grads, strict=True):
+            torch.testing.assert_close(p.grad.double(), g * factor, rtol=near, atol=1e-30)
+        assert bare.grad is None and clip_grad_norm([bare], limit) == 0
+
+    kinds = st.sampled_from((torch.float32, torch.float64, torch.bfloat16))
+    _fuzz(
+        check,
+        shapes=_lists_of_shapes(20),
+        dtypes=st.lists(kinds, min_size=1, max_size=3),
+        scale=st.sampled_from((0.0, 1e-12, 1e-3, 1.0, 1e4, 1e12)),
+        limit=st.sampled_from((0.0, 1e-3, 0.5, 1.0, 1e9, math.inf)),
+        seed=st.integers(0, 2**31),
+    )
+
+
+OPTIMIZERS = {
+    "AdamW": {"weight_decay": 0.1},
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {},
+    "Adagrad": {},
+    "NAdam": {},
+    "RAdam": {},
+}
+
+
+def _check_pieces(world, path):
+    """Sharded parameters of any shapes: gradients, their norm, clipped steps and the optimizer's
+    states are those of whole ones."""
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    for case in json.loads(Path(path).read_text()):
+        shapes, seed = case["shapes"], case["seed"]
+        kind, dtype = getattr(torch.optim, case["kind"]), getattr(torch, case["dtype"])
+        make = functools.partial(kind, lr=0.1, **OPTIMIZERS[case["kind"]])
+        whole = [_random(shape, seed + i, dtype) for i, shape in enumerate(shapes)]
+        model = torch.nn.Module()
+        model.params = torch.nn.ParameterList(p.clone().to(world.device) for p in whole)
+        model.forward = lambda ups, model=model: sum(
+            (p * up).sum() for p, up in zip(model.params, ups, strict=True)
+        )
+        fully_shard(model, mesh=mesh)
+        params = dict(model.named_parameters())
+        ours, theirs = step_locally(make(params.values())), make(whole)
+        for step in range(case["steps"]):
+            ups = [
+                [
+                    _random(p.shape, seed + 99 * step + 7 * rank + i, dtype)
+                    for i, p in enumerate(whole)
+                ]
+                for rank in range(world.size)
+            ]
+            model([up.to(world.device) for up in ups[world.rank]]).backward()
+            for p, *grads in zip(whole, *ups, strict=True):
+                p.grad = sum(grads) / world.size
+            want = torch.nn.utils.clip_grad_norm_(whole, case["limit"])
+            got = clip_grad_norm(params.values(), case["limit"], mesh.get_group("shard"))
+            torch.testing.assert_close(got.cpu().to(dtype), want, rtol=1e-5, atol=1e-6)
+            ours.step(), theirs.step()
+            model.zero_grad()
+        tensors, _ = _optimizer_state(ours, params, world.rank)
+        for (name, p), q in zip(params.items(), whole, strict=True):
+            empty = _like(p, torch.empty_like(_local(p.detach())))  # where a rank has no piece
+            pairs = [(p, q)]
+            for key, value in theirs.state[q].items():
+                alike = isinstance(value, Tensor) and value.shape == q.shape
+                place = f"optimizer.{name}.{key}"
+                assert place in tensors or not alike or not _local(p).numel(), case
+                pairs += [(tensors.get(place, empty), value)] if alike else []
+            for sharded, value in pairs:
+                got, near = sharded.full_tensor().detach().cpu(), {"rtol": 1e-4, "atol": 1e-5}
+                torch.testing.assert_close(got, value, **near, msg=str(case))
+
+
+def test_fuzz_sharded_steps_equal_whole_ones():
+    from hypothesis import strategies as st
+
+    cases = _drawn(
+        shapes=_lists_of_shapes(9),
+        kind=st.sampled_from([*OPTIMIZERS]),
+        dtype=st.sampled_from(("float32", "float64")),
+        steps=st.integers(1, 3),
+        limit=st.sampled_from((1e-3, 0.5, 1e9)),
+        seed=st.integers(0, 2**31),
+    )
+    path = Path(_folder().name) / "pieces.json"
+    path.write_text(json.dumps(cases))
+    _jobs(2, [{"call": "_check_pieces", "with": {"path": str(path)}}], **_on_cpu())
+
+
+def test_fuzz_units_keep_every_bit():
+    """Tensors of any shape, quantised or to be quantised: packed into a buffer and viewed there
+    they are what bitsandbytes makes of them."""
+    import bitsandbytes.functional as bnb
+    from hypothesis import strategies as st
+    from safetensors.torch import save_file
+
+    def check(tensors, dtype, seed):
+        files, entries, wants = {}, [], []
+        for i, (kind, shape, stored, block, nested) in enumerate(tensors):
+            key, value = f"{i}.weight", _random(shape, seed + i, stored)
+            if kind == "plain":
+                wants.append((value.to(dtype), None))
+            else:
+                ready = kind == "ready"
+                how = (block, nested) if ready else (64, True)
+                source = value if ready else value.to(dtype)
+                packed, state = bnb.quantize_4bit(source, None, None, *how, "nf4")
+                wants.append((packed, state))
+                if ready:
+                    files |= {f"{key}.{k}": t for k, t in state.as_dict(packed=True).items()}
+                    value = packed
+            files[key] = value
+            places = [(torch.nn.Module(), "weight")]
+            entries.append(Entry(places, [f"other.{key}", key], kind != "plain", torch.Size(shape)))
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(files, f"{folder}/model.safetensors")
+            unit = Unit("", None, entries)
+            unit.layout, flat = _pack(unit, Source(folder), dtype, "cpu")
+        _attach(unit, flat, dtype)
+        ends = [0]
+        for entry, (_, places), (want, state) in zip(entries, unit.layout, wants, strict=True):
+            for first, shape, kind in places.values():
+                assert first % ALIGN == 0 and first >= ends[-1]
+                ends.append(first + math.prod(shape) * kind.itemsize)
+            ((module, name),) = entry.places
+            got = module._buffers[name]
+            assert got.shape == want.shape and torch.equal(
+                got.view(torch.uint8), want.view(torch.uint8)
+            )
+            if state is not None:
+                ours = dequantize_nf4(got, got.quant_state, dtype=torch.float32)
+                assert torch.equal(ours, dequantize_nf4(want, state, dtype=torch.float32))
+                assert got.quant_state.dtype == dtype and got.quant_state is module.quant_state
+        assert ends[-1] <= flat.numel() and flat.numel() % ALIGN == 0
+
+    halves = st.sampled_from((torch.float16, torch.bfloat16, torch.float32))
+    size = st.integers(1, 70)
+    tensor = st.tuples(
+        st.sampled_from(("plain", "ready", "linear")),
+        st.tuples(size, size),
+        halves,
+        st.sampled_from((64, 128, 256)),
+        st.booleans(),
+    )
+    tensors = st.lists(tensor, min_size=1, max_size=5)
+    _fuzz(check, tensors=tensors, dtype=halves, seed=st.integers(0, 2**31))
+
+
+def test_fuzz_broken_checkpoints_are_refused():
+    """A checkpoint with a tensor gone, of another shape or kind, or with other bytes in its files:
+    the same bits, or one line of error."""
+    from hypothesis import strategies as st
+    from safetensors.torch import load_file, save_file
+
+    whole = Path(_checkpoint())
+    tensors, data = (
+        load_file(whole / "model.safetensors"),
+        (whole / "model.safetensors").read_bytes(),
+    )
+    changes = {
+        "half": lambda t: t.flatten()[: t.numel() // 2].clone(),
+        "flat": lambda t: t.flatten(),
+        "more": lambda t: torch.cat([t.flatten()] * 2),
+        "empty": lambda t: t.flatten()[:0].clone(),
+        "float16": lambda t: t.half(),
+        "int64": lambda t: t.long(),
+    }
+
+    def read(folder):
+        source = Source(folder)
+        model = _empty_model(str(whole), torch.float32, "cpu", "eager")
+        _in_four_bits(model, source, torch.float32)
+        units = _units(model)
+        return [_pack(unit, source, torch.float32, "cpu") for unit in units]
+
+    want = read(whole)
+
+    def check(key, change, at, byte):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.safetensors")
+            if change in changes or change == "gone":
+                some = dict(tensors)
+                value = some.pop(key)
+                if change in changes:
+                    some[key] = changes[change](value)
+                save_file(some, path)
+            elif change == "cut":
+                path.write_bytes(data[: int(at * len(data))])
+            elif change == "header":
+                place = int(at * (8 + int.from_bytes(data[:8], "little")))
+                path.write_bytes(data[:place] + bytes([byte]) + data[place + 1 :])
+            else:
+                path.write_bytes(data)
+                Path(folder, "model.safetensors.index.json").write_text(change)
+            try:
+                got = read(folder)
+            except (ValueError, TypeError) as error:
+                assert "found" in str(error) and "\n" not in str(error), error
+                return
+        for (layout, flat), (want_layout, want_flat) in zip(got, want, strict=True):
+            assert len(layout) == len(want_layout) and flat.numel() == want_flat.numel()
+            if change not in ("header", "float16"):  # which may name or round other bytes
+                assert torch.equal(flat, want_flat), (key, change)
+
+    one = dict.fromkeys(tensors, "model.safetensors")
+    lost = json.dumps({"weight_map": dict.fromkeys(tensors, "lost.safetensors")})
+    indices = "", "[]", "{}", '{"weight_map": 1}', lost, json.dumps({"weight_map": one})
+    _fuzz(
+        check,
+        key=st.sampled_from(sorted(tensors)),
+        change=st.sampled_from((*changes, "gone", "cut", "header", *indices)),
+        at=st.floats(0, 1, exclude_max=True),
+        byte=st.integers(0, 255),
+    )
+
+
+def test_fuzz_memory_is_estimated():
+    """What a base takes is what packing it gives, more of anything never takes less, and a copy is
+    kept where it fits beside the rest."""
+    from hypothesis import strategies as st
+
+    config = types.SimpleNamespace(hidden_size=64, intermediate_size=192, num_hidden_layers=2)
+    config.get_text_config = lambda: config
+    model = torch.nn.Linear(8, 8)
+    model.config = config
+    world = World(0, 2, 0, torch.device("cuda"), None, None)
+
+    def check(shapes, batch, length, accumulate, shards, gib):
+        unit = Unit("", model, [Entry([], [], True, torch.Size(shape)) for shape in shapes])
+        args = types.SimpleNamespace(per_device_train_batch_size=batch)
+        args.gradient_accumulation_steps = accumulate
+        estimate = lambda: _estimate([unit], model, Options(max_length=length), args, shards)
+        base, beside = estimate()
+        numel = sum(map(math.prod, shapes))
+        packed = numel / 2 + numel / 64 + numel / 64 / 64  # codes, absmax, its scales
+        assert abs(base / packed - 1) < 0.01, (base, packed)
+        args.per_device_train_batch_size += 1
+        assert estimate()[0] == base and estimate()[1] > beside
+        free, least = int(gib * GIB), mock.patch.object(dist, "all_reduce", lambda *_, **__: None)
+        memory = mock.patch.object(torch.cuda, "mem_get_info", lambda: (free, 0))
+        with least, memory:
+            choice, words = _choose_base(Options(base="auto"), world, base, beside)
+        assert (choice == "replicate") == (base + beside < 0.92 * free), (choice, words)
+
+    size = st.integers(64, 20_000)
+    _fuzz(
+        check,
+        shapes=st.lists(st.tuples(size, size), min_size=1, max_size=200),
+        batch=st.integers(1, 64),
+        length=st.integers(2, 2**17),
+        accumulate=st.integers(1, 64),
+        shards=st.integers(1, 64),
+        gib=st.floats(0.5, 200),
+    )
+
+
+def test_fuzz_union_of_spans():
+    from hypothesis import strategies as st
+
+    def check(spans):
+        spans = [(first, first + length) for first, length in spans]
+        merged = _union(spans)
+        inside = {i for first, last in spans for i in range(first, last)}
+        assert {i for first, last in merged for i in range(first, last)} == inside
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(merged)), merged
+
+    _fuzz(check, spans=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=12))
+
+
+def test_fuzz_small_models_load_as_in_transformers():
+    """Of random configurations, a few: a model takes as long as many of the cases above."""
+    from hypothesis import strategies as st
+
+    cases = _drawn(
+        family=st.sampled_from(("llama", "mistral", "qwen2", "qwen3", "gemma2")),
+        layers=st.integers(1, 3),
+        heads=st.sampled_from(((1, 1), (2, 1), (4, 2), (3, 3))),
+        head_dim=st.sampled_from((16, 24, 32)),
+        inner=st.sampled_from((40, 64, 136)),
+        vocab=st.integers(259, 400),
+        tied=st.booleans(),
+        quantised=st.booleans(),
+    )[::8]
+    specs, wants = [], []
+    for i, case in enumerate(cases):
+        config = compile_qlora._families()[case["family"]]
+        config.num_attention_heads, config.num_key_value_heads = case["heads"]
+        config.head_dim, config.intermediate_size = case["head_dim"], case["inner"]
+        config.hidden_size = case["heads"][0] * case["head_dim"]
+        config.num_hidden_layers, config.vocab_size = case["layers"], case["vocab"]
+        config.tie_word_embeddings = case["tied"]
+        if hasattr(config, "layer_types"):
+            config.layer_types = (config.layer_types * 2)[: case["layers"]]
+        path = _checkpoint(f"fuzz{i}", config, quantised=case["quantised"])
+        wants += [_stock_sums(path)] * 2
+        specs += [
+            {"call": "_sums", "with": {"path": path, "base": base}}
+            for base in ("replicate", "shard")
+        ]
+    for run, want, spec in zip(_jobs(2, specs, **NO_GPU), wants, specs, strict=True):
+        _same_sums(run, want, spec)
+
+
+def _alone():
+    """Losses of one process: (4 rows a step for 2, its sums in another order, 8 rows, packed)."""
+    specs = [_spec(accumulate=2)]
+    specs += [_spec(args={"per_device_train_batch_size": 4})]  # the same rows, other sums
+    specs += [_spec(accumulate=4), _spec(accumulate=2, options={"packing": True})]
+    if _gpus() < 2:
+        ways = {}, {"order": True}, {"accumulate": 4}, {"packing": True}
+        specs = [{"call": "_single", "with": {"accumulate": 2} | way} for way in ways]
+    return [run["losses"] for run in _jobs(0, specs, **_on_cpu())]
+
+
 def test_losses_equal_one_process():
-    """60 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
+    """36 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
     with stock Trainer, transformers and PEFT, for every way to shard. On GPUs that of one GPU."""
-    if _gpus() > 1:
-        alone = [_spec(accumulate=n) for n in (2, 4)]
-        alone += [_spec(args={"per_device_train_batch_size": 4})]  # the same rows, other sums
-        alone += [_spec(accumulate=2, options={"packing": True})]
-        alone = (run["losses"] for run in _jobs(1, alone))
-        want, accumulated, again, packed = alone
-    else:
-        want, again = _single(2), _single(2, order=True)
-        accumulated, packed = _single(4), _single(2, packing=True)
-    noise = max(_apart(want, again), 2e-7)  # a unit in the last place is 0.8e-7
-    assert want[-1] < want[0] - 0.2, want
-    others = {"accumulation": accumulated, "packing": packed}
     specs = [
         _spec("replicate", args={"logging_steps": 1}),
         _spec("shard", options={"base": "shard"}),
@@ -1865,12 +2382,17 @@ def test_losses_equal_one_process():
         _spec("accumulation", accumulate=2, options={"base": "shard"}),
         _spec("packing", options={"packing": True}),
     ]
-    found = {run["name"]: run for run in _jobs(2, specs, **_on_cpu())}
     more = _spec(
         "HSDP", options={"base": "shard", "replicas": 2}, args={"per_device_train_batch_size": 1}
     )
+    jobs = [_alone, lambda: _jobs(2, specs, **_on_cpu())]
     if _gpus() == 0 or _gpus() > 3:
-        found |= {run["name"]: run for run in _jobs(4, [more], **_on_cpu())}
+        jobs.append(lambda: _jobs(4, [more], **_on_cpu()))
+    (want, again, accumulated, packed), *runs = _beside(*jobs)
+    noise = max(_apart(want, again), 2e-7)  # a unit in the last place is 0.8e-7
+    assert want[-1] < want[0] - 0.2, want
+    others = {"accumulation": accumulated, "packing": packed}
+    found = {run["name"]: run for run in itertools.chain(*runs)}
     for name, run in found.items():
         truth = others.get(name, want)
         apart = _apart(truth, run["losses"])
@@ -1957,6 +2479,14 @@ def _stock_sums(path):
     return found, lora, nans
 
 
+def _same_sums(run, want, spec):
+    sums, lora, _ = want
+    assert run["base"] == spec["with"]["base"]
+    assert run["lora"].keys() == lora.keys(), spec
+    assert all(abs(run["lora"][n] - lora[n]) < 1e-9 for n in lora), spec
+    assert run["sums"] == sums, (spec, set(run["sums"].items()) ^ set(sums.items()))
+
+
 def test_loaded_bytes_are_transformers_and_survive_gathering():
     """Quantised and 16-bit checkpoints, several architectures, tied heads, biases, bytes that would
     be NaNs in half precision."""
@@ -1970,20 +2500,16 @@ def test_loaded_bytes_are_transformers_and_survive_gathering():
             wants.append(_stock_sums(path))
             for base in ("replicate", "shard"):
                 specs.append({"call": "_sums", "with": {"path": path, "base": base}})
-    found = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
+    found = _jobs(2, specs, **NO_GPU)
     for i, run in enumerate(found):
-        (sums, lora, nans), spec = wants[i // 2], specs[i]
-        assert nans > 100, nans
-        assert run["base"] == spec["with"]["base"]
-        assert run["lora"].keys() == lora.keys() and all(
-            abs(run["lora"][n] - lora[n]) < 1e-9 for n in lora
-        ), spec
-        assert run["sums"] == sums, (spec, set(run["sums"].items()) ^ set(sums.items()))
+        _same_sums(run, wants[i // 2], specs[i])
+        assert wants[i // 2][2] > 100, specs[i]
 
 
 def _head_moves(world, path, tokens):
     """In which order blocks are computed (numbers) and a parked head is copied, in a step of
-    checkpointed blocks; its loss, and the gradients' sum of squares."""
+    checkpointed blocks; which blocks each gathers ahead; its loss, and the gradients' sum of
+    squares."""
     options = Options(**SMALL | {"base": "shard", "max_length": tokens})
     args = _arguments(world.device.type == "cpu", per_device_train_batch_size=1)
     loaded = load(path, options, args, torch.float32, world)
@@ -1994,13 +2520,15 @@ def _head_moves(world, path, tokens):
     head.unshard = lambda wait=True: moves.append("head") or stock(wait)
     for i, block in enumerate(model.get_base_model().base_model.layers):
         block.register_forward_pre_hook(lambda *_, i=i: moves.append(i))
+    states = [fully_shard.state(block) for block in model.get_base_model().base_model.layers]
+    ahead = [[states.index(s) for s in state._states_to_forward_prefetch] for state in states]
     ids = torch.arange(40, device=world.device)[None] + 60 + world.rank
     model.train()
     loss = model(input_ids=ids, labels=ids, num_items_in_batch=39).loss
     assert head.flat.untyped_storage().nbytes() == 0
     loss.backward()
     squares = sum(p.grad.full_tensor().square().sum().item() for p in _trained(model).values())
-    return {"moves": moves, "loss": loss.item(), "squares": squares}
+    return {"moves": moves, "ahead": ahead, "loss": loss.item(), "squares": squares}
 
 
 def test_a_parked_head_comes_late():
@@ -2012,6 +2540,7 @@ def test_a_parked_head_comes_late():
     again = [3, 2, 1, 0]  # recomputed; not all versions call a block's hooks then
     assert early.pop("moves") in (["head", 0, 1, 2, 3], ["head", 0, 1, 2, 3, *again])
     assert late.pop("moves") in ([0, 1, 2, "head", 3], [0, 1, 2, "head", 3, *again])
+    assert early.pop("ahead") == late.pop("ahead") == [[1], [2], [3], []]
     for name, value in early.items():
         assert value > 0 and abs(late[name] / value - 1) < 1e-5, (early, late)
 
@@ -2056,10 +2585,10 @@ def _check_clip(world):
         for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(b.grad.full_tensor(), a.grad.full_tensor())
     assert norms[0] > 0.5 > norms[2] * 0.99, norms
-    before = [p.full_tensor().clone() for p in models[0].parameters()]
     scaler = torch.amp.GradScaler(world.device.type, init_scale=8.0)
     optimizer = step_locally(torch.optim.AdamW(models[0].parameters(), lr=0.1))
-    for broken in (True, False):
+    for broken in (True, False, False):
+        before = [p.full_tensor().clone() for p in models[0].parameters()]
         models[0].zero_grad()
         scaler.scale(models[0](x).sum()).backward()
         last = list(models[0].parameters())[-1].grad._local_tensor
@@ -2100,7 +2629,7 @@ def _check_base(world):
 
 
 def test_base_is_chosen_by_memory():
-    (found,) = _jobs(2, [{"call": "_check_base"}], CUDA_VISIBLE_DEVICES="")
+    (found,) = _jobs(2, [{"call": "_check_base"}], **NO_GPU)
     bases = {name: base for name, (base, _) in found.items()}
     assert bases["8b 15"] == bases["8b 40"] == bases["70b 140"] == "replicate", found
     assert bases["8b 5"] == bases["70b 15"] == bases["70b 40"] == "shard", found
@@ -2143,18 +2672,29 @@ def test_resumed_on_any_number_of_ranks():
     options = {"base": "shard"}
     whole = _spec(steps=12, accumulate=2, options=options, args=save)
     again = _spec(steps=12, accumulate=2, args=go, resume=first)
-    whole, again = _jobs(2, [whole, again], **_on_cpu())
+    # Dropout draws from the random states
+    dropout, other = {"lora_dropout": 0.3}, f"{out}-dropout"
+    drawn = _spec(steps=8, options=dropout, args=save | {"save_steps": 4, "output_dir": other})
+    resume = {"resume": f"{other}/checkpoint-4", "args": {"output_dir": other}}
+    redrawn = _spec(steps=8, options=dropout, **resume)
+    whole, again, drawn, redrawn = _jobs(2, [whole, again, drawn, redrawn], **_on_cpu())
     assert again["losses"] == whole["losses"][6:], (whole["losses"], again["losses"])
+    assert redrawn["losses"] == drawn["losses"][4:], (drawn["losses"], redrawn["losses"])
     assert [p.name for p in _checkpoints(out)] == ["checkpoint-6", "checkpoint-12"]
-    alone = _jobs(1, [_spec(steps=12, accumulate=4, args=go, resume=first)], **_on_cpu())[0]
-    assert _apart(whole["losses"][6:], alone["losses"]) < 1e-5
-    if not _gpus():
-        four = _jobs(4, [_spec(steps=12, accumulate=1, args=go, resume=first)], **_on_cpu())[0]
-        assert _apart(whole["losses"][6:], four["losses"]) < 1e-5
-    wrong = _spec(steps=12, accumulate=1, args=go, resume=first)
-    done = _torchrun(2, ["--worker", json.dumps([wrong])], **_on_cpu())
-    line = _one_line(done)
-    assert "global batch: found 4, need 8 as in" in line, line
+    ways = [(0, 4)] if _gpus() else [(0, 4), (4, 1)]
+    for ranks, accumulate in ways:
+        spec = _spec(steps=12, accumulate=accumulate, args=go, resume=first)
+        (other,) = _jobs(ranks, [spec], **_on_cpu())
+        assert _apart(whole["losses"][6:], other["losses"]) < 1e-5
+    wrong = {"fails": _spec(steps=12, accumulate=1, args=go, resume=first)}
+    torn = Path(out) / "torn"
+    shutil.copytree(first, torn)
+    piece = next(torn.glob("__1_*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:1000])
+    torn = {"fails": _spec(steps=12, accumulate=2, args=go, resume=str(torn))}
+    wrong, torn = (run["said"] for run in _jobs(2, [wrong, torn], **_on_cpu()))
+    assert wrong.startswith("global batch: found 4, need 8 as in"), wrong
+    assert torn.startswith("the checkpoint cannot be read: rank "), torn
 
 
 def _one_line(done):
@@ -2162,89 +2702,76 @@ def _one_line(done):
     said = [x for x in done.stderr.splitlines() if x.startswith("qlora_fsdp2: ")]
     assert done.returncode != 0 and len(said) == 1, (done.returncode, done.stderr[-3000:])
     assert "Traceback" not in done.stderr.split("qlora_fsdp2: ")[0], done.stderr[:3000]
+    assert done.stdout.splitlines()[-1] == "RESULT qlora_fsdp2 FAIL", done.stdout[-3000:]
     return said[0]
 
 
-def _broken(fault, out, steps=9, **more):
-    """(the line that was said, seconds from the fault to the end) of a run where a rank fails."""
-    args = {"save_strategy": "steps", "save_steps": 3, "output_dir": out}
-    spec = _spec(steps=steps, args=args, fault=fault)
+def _broken(spec, before=None):
+    """(the line that was said, seconds from the last file's writing to the end)."""
     begin = time.time()
-    done = _torchrun(2, ["--worker", json.dumps([spec])], **_on_cpu(), **more)
-    files = [p.stat().st_mtime for p in Path(out).rglob("*")]
+    done = _launch(2, ["--worker", json.dumps([spec])], before=before, **_on_cpu())
+    files = [p.stat().st_mtime for p in Path(spec["args"]["output_dir"]).rglob("*")]
     return _one_line(done), time.time() - max([begin, *files])
 
 
-def test_a_killed_rank_ends_the_job():
-    """SIGKILL in mid-training, also of the first rank and while a checkpoint is written: the job
-    ends, says so once, and goes on from the last complete checkpoint with the same losses."""
-    whole = _jobs(2, [_spec(steps=9)], **_on_cpu())[0]["losses"]
-    for i, (rank, step, kind) in enumerate(((1, 4, "kill"), (0, 4, "kill"), (1, 6, "kill_saving"))):
-        out = str(Path(_folder().name) / f"killed{i}")
-        line, seconds = _broken({"rank": rank, "step": step, "kind": kind}, out)
-        assert seconds < 30, seconds
-        assert "checkpoint-3" in line and f"rank {1 - rank}" in line, line
-        assert [p.name for p in _checkpoints(out)] == ["checkpoint-3"]
-        rest = _spec(steps=9, args={"output_dir": out}, resume=f"{out}/checkpoint-3")
-        assert _jobs(2, [rest], **_on_cpu())[0]["losses"] == whole[3:]
-
-
-def test_errors_are_one_line_of_one_rank():
-    out = Path(_folder().name)
-    line, _ = _broken({"rank": 1, "step": 4, "kind": "memory"}, str(out / "memory"))
-    assert "rank 1: out of GPU memory" in line and "checkpoint-3" in line, line
+def test_a_rank_that_fails_ends_the_job():
+    """The first rank killed in training, another while it writes a checkpoint, one out of memory,
+    or all without space: the job ends, one line is said, and it goes on from the last complete
+    checkpoint with the same losses."""
+    save = {"save_strategy": "steps", "save_steps": 3}
+    out = {name: str(Path(_folder().name) / name) for name in ("kill", "saving", "memory", "full")}
+    args = {name: save | {"output_dir": folder} for name, folder in out.items()}
+    whole, _ = _jobs(2, [_spec(steps=9), _spec(steps=3, args=args["full"])], **_on_cpu())
+    faults = {"kill": (0, 4, "kill"), "saving": (1, 6, "kill_saving"), "memory": (1, 4, "memory")}
+    jobs = []
+    for name, fault in faults.items():
+        fault = dict(zip(("rank", "step", "kind"), fault, strict=True))
+        spec = _spec(steps=9, args=args[name], fault=fault)
+        jobs.append(functools.partial(_broken, spec))
 
     def no_space():  # the LoRA and optimizer pieces of a rank take more
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    full = str(out / "full")
-    _jobs(
-        2,
-        [_spec(steps=3, args={"save_strategy": "steps", "save_steps": 3, "output_dir": full})],
-        **_on_cpu(),
-    )
-    args = {"save_strategy": "steps", "save_steps": 3, "output_dir": full}
-    spec = _spec(steps=9, args=args, resume=f"{full}/checkpoint-3")
-    done = _torchrun(2, ["--worker", json.dumps([spec])], before=no_space, **_on_cpu())
-    line = _one_line(done)
-    assert "could not be written" in line and "checkpoint-3" in line, line
-    assert [p.name for p in Path(full).iterdir()] == ["checkpoint-3"]
-
-    broken = out / "truncated"
-    shutil.copytree(_checkpoint(), broken)
-    whole = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    done = _torchrun(2, ["--worker", json.dumps([_spec(path=str(broken))])], **_on_cpu())
-    assert "model.safetensors, which cannot be read" in _one_line(done)
-
-    torn = Path(full) / "checkpoint-3"
-    piece = next(torn.glob("__1_*.distcp"))
-    piece.write_bytes(piece.read_bytes()[:1000])
-    done = _torchrun(2, ["--worker", json.dumps([spec])], **_on_cpu())
-    assert "checkpoint" in _one_line(done) and "cannot be read" in _one_line(done)
-
-    done = _torchrun(2, ["--worker", json.dumps([_spec(options={"replicas": 3})])], **_on_cpu())
-    assert "replicas: found 3, need a divisor of the 2 ranks" in _one_line(done)
+    spec = _spec(steps=9, args=args["full"], resume=f"{out['full']}/checkpoint-3")
+    done = _beside(*jobs, functools.partial(_broken, spec, no_space))
+    words = {"kill": "rank 1: ", "saving": "rank 0: ", "memory": "rank 1: out of GPU memory"}
+    words["full"] = "the checkpoint could not be written"
+    for (name, folder), (line, seconds) in zip(out.items(), done, strict=True):
+        assert words[name] in line and "checkpoint-3" in line, (name, line)
+        assert seconds < 30 or name == "full", (name, seconds)  # whose last file is removed
+        assert [p.name for p in _checkpoints(folder)] == ["checkpoint-3"], name
+    assert [p.name for p in Path(out["full"]).iterdir()] == ["checkpoint-3"]
+    rest = [
+        _spec(steps=9, args={"output_dir": out[name]}, resume=f"{out[name]}/checkpoint-3")
+        for name in faults
+    ]
+    for run in _jobs(2, rest, **_on_cpu()):
+        assert run["losses"] == whole["losses"][3:]
 
 
 def test_bad_environment():
     for env, words in (
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK: found 2 of WORLD_SIZE 2"),
         ({"RANK": "0"}, "found RANK, need all of RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK"),
     ):
-        command = [sys.executable, os.path.abspath(__file__), "--model", _checkpoint()]
-        environment = _plain_environment() | env | {"CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and words in _one_line(done), done.stderr
+        with mock.patch.dict(os.environ, env):
+            assert words in _refused(_environment)
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
     two = mock.patch.object(torch.cuda, "device_count", lambda: 2)
     with mock.patch.dict(os.environ, ranks), two:
-        try:
-            join()
-        except Missing as error:
-            assert "found 2 GPUs on this machine and local rank 3" in str(error)
-        else:
-            raise AssertionError("a rank without a GPU went on")
+        assert "found 2 GPUs on this machine and local rank 3" in _refused(join)
+
+
+def _refused(call):
+    """What is said of an error that is the user's."""
+    try:
+        call()
+    except (ValueError, TypeError, Missing) as error:
+        code, words = _explain(error)
+        assert code in (2, 77) and "found" in words and "need" in words, (code, words)
+        return words
+    raise AssertionError("it went unnoticed")
 
 
 def test_adapter_and_merged_model():
@@ -2290,7 +2817,9 @@ def test_command_line():
     argv += ["--output_dir", str(out), "--max_steps", "3", "--per_device_train_batch_size", "2"]
     argv += ["--logging_steps", "1", "--save_steps", "2", "--base", "auto", "--merge", "true"]
     argv += ["--packing", "true", "--torch_compile_backend", "aot_eager", "--json", f"{out}.json"]
-    done = _torchrun(2, argv, **_on_cpu())
+    nowhere = [*argv, "--model", "/nowhere/at/all"]
+    jobs = [functools.partial(_launch, *of, **_on_cpu()) for of in ((2, argv), (0, nowhere))]
+    done, failed = _beside(*jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("RESULT qlora_fsdp2 PASS"), lines[-3:]
@@ -2299,16 +2828,19 @@ def test_command_line():
     assert (out / "adapter_model.safetensors").exists() and (out / "merged/config.json").exists()
     assert (out / "checkpoint-2" / "run_state.json").exists()
     assert len(json.loads(Path(f"{out}.json").read_text())["losses"]) == 3
-    for wrong, words in (  # and without torchrun
-        (["--optim", "adafactor"], "optim: found Adafactor, need one that works by elements"),
-        (["--target_modules", "lm_head"], "target_modules: found"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    ):
-        command = [sys.executable, os.path.abspath(__file__), *argv, *wrong]
-        env = _plain_environment() | {"CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and words in _one_line(done), (wrong, done.stderr[-2000:])
-        assert done.stdout.splitlines()[-1].startswith("RESULT qlora_fsdp2 FAIL"), done.stdout
+    assert failed.returncode == 2 and "found '/nowhere/at/all'" in _one_line(failed), failed.stderr
+    wrong = {
+        "optim: found Adafactor, need one that works by elements": ["--optim", "adafactor"],
+        "target_modules: found": ["--target_modules", "lm_head"],
+        "options: found --model or --dataset beside --bench": ["--bench", "true"],
+        "resume_from_checkpoint: found no checkpoint in": [
+            *("--output_dir", str(out / "other"), "--resume_from_checkpoint", "true")
+        ],
+        "--plot, --json: found the directory": ["--json", str(out)],
+    }
+    specs = [{"fails": {"argv": [*argv, "--use_cpu", "true", *more]}} for more in wrong.values()]
+    for run, words in zip(_jobs(0, specs, **NO_GPU), wrong, strict=True):
+        assert run["code"] == 2 and run["said"].startswith(words), run
 
 
 def test_flags_that_do_not_fit_are_refused():
@@ -2318,6 +2850,7 @@ def test_flags_that_do_not_fit_are_refused():
         ({"base": "half"}, {}, "base: found 'half', need one of replicate, shard, auto"),
         ({"replicas": 2}, {}, "replicas: found 2, need a divisor of the 1 ranks"),
         ({"offload": True}, {}, "offload: found a CPU, need GPUs"),
+        ({"memory_cap_gib": -1.0}, {}, "memory_cap_gib: found -1.0, need 0 or more GiB"),
         ({}, {"fsdp": "full_shard"}, "fsdp: found"),
         ({}, {"eval_strategy": "steps"}, "eval_strategy: found 'steps', need no"),
         ({}, {"dataloader_drop_last": True}, "dataloader_drop_last: found True, need none"),
@@ -2328,18 +2861,14 @@ def test_flags_that_do_not_fit_are_refused():
         made = _arguments(True)
         for name, value in args.items():
             setattr(made, name, value)
-        try:
-            _check_options(Options(**options), made, world)
-        except ValueError as error:
-            assert words in str(error), error
-        else:
-            raise AssertionError(f"{options} {args} went unnoticed")
+        check = lambda made=made, how=options: _check_options(Options(**how), made, world)
+        assert words in _refused(check)
 
 
 def test_gpu_half_precision_compiled():
     """fp16 with GradScaler, and bf16, through inductor: replicated, sharded, offloaded, and
     checkpointed, on all GPUs against one."""
-    _needs_gpus(2)
+    _skip_unless(gpus=2)
     path = _checkpoint("small", dtype=torch.bfloat16)
     more = {"gradient_checkpointing": True, "torch_compile_backend": "inductor"}
     options = {"compile": True, "lora_r": 16, "lora_alpha": 32}
@@ -2351,32 +2880,30 @@ def test_gpu_half_precision_compiled():
     make = functools.partial(_spec, path=path, steps=20)
     count = _gpus()
     ones = [make(options=options, args=more | {half: True}, accumulate=count) for half in halves]
-    ones = dict(zip(halves, _jobs(1, ones, CUDA_VISIBLE_DEVICES="0"), strict=True))
     specs = [
         make(way, options=options | how, args=more | {way.split()[0]: True})
         for way, how in ways.items()
     ]
-    for run in _jobs(count, specs):
+    ones, runs = _beside(lambda: _jobs(0, ones), lambda: _jobs(count, specs))
+    ones = dict(zip(halves, ones, strict=True))
+    for run in runs:
         half = run["name"].split()[0]
         apart = _apart(ones[half]["losses"], run["losses"])
         assert apart < halves[half], (run["name"], apart, run["losses"])
         assert run["graphs"] and not run["breaks"]
 
 
-def test_gpu_out_of_memory_is_one_line():
-    _needs_gpus(1)
+def test_gpu_limits_are_one_line():
+    _skip_unless(gpus=1)
     options = {"memory_cap_gib": 0.6, "max_length": 8192, "compile": False}
     path = _checkpoint("small", dtype=torch.bfloat16)
     spec = _spec("", path, options=options, args={"bf16": True, "per_device_train_batch_size": 64})
     spec["random"] = spec.pop("rows") * 4, 8000, 512
-    done = _torchrun(_ranks() if _gpus() > 1 else 1, ["--worker", json.dumps([spec])])
-    assert "out of GPU memory" in _one_line(done)
-
-
-def test_gpu_more_ranks_than_gpus():
-    _needs_gpus(1)
-    done = _torchrun(_gpus() + 1, ["--worker", json.dumps([_spec()])])
-    assert f"found {_gpus()} GPUs on this machine" in _one_line(done)
+    full = functools.partial(_launch, _gpus(), ["--worker", json.dumps([spec])])
+    more = functools.partial(_launch, _gpus() + 1, ["--worker", json.dumps([_spec()])])
+    full, more = map(_one_line, _beside(full, more))
+    assert "out of GPU memory" in full
+    assert f"found {_gpus()} GPUs on this machine" in more
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2442,12 +2969,6 @@ def _llama_70b():
     return config
 
 
-PEERS = {
-    "hf_ddp": "transformers Trainer, DDP",
-    "unsloth_ddp": "Unsloth, DDP",
-    "unsloth_fsdp2": "Unsloth, its FSDP2",
-    "hf_fsdp2": "transformers Trainer, FSDP2 by accelerate",
-}
 TIMED = {"batch": 2, "length": 2048, "accumulate": 4, "steps": 9, "r": 64}
 
 
@@ -2559,15 +3080,13 @@ def _timed(name, path, vocab, ranks, options=None, args=None, **more):
 def _run_timed(spec, **env) -> dict:
     """A spec's result in a torchrun of its own, {"error": ...} if it failed; printed."""
     how = ["--peer", json.dumps(spec)] if "kind" in spec else ["--worker", json.dumps([spec])]
-    done = _torchrun(spec["ranks"], how, UNSLOTH_DISABLE_STATISTICS="1", **env)
+    done = _launch(spec["ranks"], how, UNSLOTH_DISABLE_STATISTICS="1", **env)
     lines = [x for x in done.stdout.splitlines() if x.startswith("WORKER ")]
     if lines:
         found = json.loads(lines[-1][7:])
     else:
         said = [x for x in done.stderr.splitlines() if re.search(r"qlora_fsdp2: |Error", x)]
         found = {"name": spec["name"], "error": (said or ["no output"])[0][-300:]}
-        if os.environ.get("QLORA_FSDP2_DEBUG"):
-            print(done.stdout[-1500:], done.stderr[-3500:], sep="\n")
     found["ranks"] = spec["ranks"]
     _say_result(found)
     return found
@@ -2577,16 +3096,19 @@ def _say_result(r):
     if "error" in r:
         print(f"{r['name']:<28} failed: {r['error']}", flush=True)
         return
-    line = f"{r['name']:<28} {r['tokens_per_s']:8.0f} tokens/s, step "
-    line += f"{statistics.median(r['step_s'][-5:]):.3f} s, first {r['step_s'][0]:.1f} s; "
-    line += (
-        f"peak {r['peak_gib']:.2f} GiB a GPU; loss {r['losses'][0]:.4f} to {r['losses'][-1]:.4f}"
-    )
-    lines = [line]
+    steps = r.get("step_s", ())
+    line = f"{r['name']:<28} {r['tokens_per_s']:8.0f} tokens/s, "
+    line += f"step {statistics.median(steps[-5:]):.3f} s, " if steps else ""
+    line += f"first {steps[0] if steps else r['first_s']:.1f} s; "
+    line += f"peak {r['peak_gib']:.2f} GiB a GPU; " if _gpus() else ""
+    lines = [f"{line}loss {r['losses'][0]:.4f} to {r['losses'][-1]:.4f}"]
     if "load_s" in r:
         words = f"base {r['base']}, {r['base_gib']:.2f} GiB, loaded in {r['load_s']:.1f} s, host "
-        words += f"+{r['load_host_gib']:.2f} GiB, GPU peak {r['load_device_gib']:.2f} GiB; "
-        lines.append(f"    {words}all of PyTorch on a GPU {r['device_gib']:.2f} GiB")
+        words += f"+{r['load_host_gib']:.2f} GiB"
+        if _gpus():
+            words += f", GPU peak {r['load_device_gib']:.2f} GiB; "
+            words += f"all of PyTorch on a GPU {r['device_gib']:.2f} GiB"
+        lines.append(f"    {words}")
         lines.append("    " + _say_traffic(r["traffic"], r["lora_bytes"]))
     if any(by_rank := r.get("exposed", ())):
         share = lambda key: " ".join(f"{100 * e[key]:.2f}%" for e in by_rank)
@@ -2606,10 +3128,9 @@ def _say_traffic(traffic, lora_bytes):
     return "traffic received a step and rank: " + (", ".join(parts) or "none") + what
 
 
-def bench_gpu(results, sizes) -> dict:
-    """Real shapes with random weights on all GPUs here, each run in a torchrun of its own."""
-    known = "parity", "8b", "shard", "peers", "t4", "70b"
-    _need(set(sizes) <= set(known), "QLORA_FSDP2_SIZES", ",".join(sizes), ",".join(known))
+def bench_gpu(results, names) -> dict:
+    """Real shapes with random weights on all GPUs here, each run in processes of its own. Of TIMINGS
+    and PEERS by name; adds its records to results, headline figures are returned."""
     count, folder = _gpus(), Path(tempfile.mkdtemp(prefix="qlora_fsdp2_bench_"))
     head, found = {}, results.setdefault("runs", [])
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
@@ -2617,13 +3138,13 @@ def bench_gpu(results, sizes) -> dict:
 
     def go(*specs):
         """Runs of one GPU side by side, others one after the other."""
-        singles = [s for s in specs if s["ranks"] == 1]
-        with concurrent.futures.ThreadPoolExecutor(max(1, count)) as pool:
-            jobs = [
-                pool.submit(_run_timed, s, CUDA_VISIBLE_DEVICES=str(i % count), **cache)
-                for i, s in enumerate(singles)
-            ]
-            made = {id(s): job.result() for s, job in zip(singles, jobs, strict=True)}
+        alone = lambda i, s: functools.partial(_run_timed, s, CUDA_VISIBLE_DEVICES=str(i), **cache)
+        ones = [s for s in specs if s["ranks"] < 2]
+        made = {}
+        for i in range(0, len(ones), count):
+            few = ones[i : i + count]
+            done = _beside(*(alone(gpu, spec) for gpu, spec in enumerate(few)))
+            made |= {id(spec): run for spec, run in zip(few, done, strict=True)}
         made |= {id(s): _run_timed(s, **cache) for s in specs if s["ranks"] > 1}
         found.extend(made[id(s)] for s in specs)
         return [made[id(s)] for s in specs]
@@ -2631,14 +3152,18 @@ def bench_gpu(results, sizes) -> dict:
     def ours():
         return [r for r in found if r["name"] == f"8B, {count} GPUs" and "error" not in r]
 
+    _end(*_started)  # ranks that wait hold memory
+    several = [n for n in names if n in ("shard", "peers", "70b", *PEERS)]
+    if count < 2 and several:
+        print(f"{', '.join(several)}: skipped, found 1 GPU, need 2 or more", flush=True)
     try:
-        if "parity" in sizes:
-            _bench_parity(folder, count, go)
-        if {"8b", "shard", "peers", "t4"} & set(sizes):
+        if "parity" in names:
+            results["curves"] = _bench_parity(folder, count, go)
+        if {*names} - {"parity", "70b"}:
             path = str(write_by_block(folder / "8b", compile_qlora._llama("8b")))
             torch.cuda.empty_cache()
             timed = functools.partial(_timed, path=path, vocab=128000)
-        if "8b" in sizes:
+        if "8b" in names:
             # each GPU by itself, side by side: ranks wait for the slowest of them
             specs = [timed(f"8B, GPU {i} by itself", ranks=1, profile_at=3) for i in range(count)]
             if count > 1:
@@ -2646,63 +3171,59 @@ def bench_gpu(results, sizes) -> dict:
             *ones, last = (r.get("tokens_per_s", math.nan) for r in go(*specs))
             if ones:
                 head["scaling"] = last / statistics.mean(ones)
-        if "shard" in sizes and count > 1:
+        if "shard" in names and count > 1:
             options = {"base": "shard", "reshard_after_forward": True}
             shard = timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3)
-            _say_apart(ours() + go(shard), 0)
-        if "peers" in sizes and count > 1:
-            wanted = os.environ.get("QLORA_FSDP2_PEERS", ",".join(PEERS)).split(",")
-            found_one = importlib.util.find_spec("unsloth")
-            names = [n for n in PEERS if n in wanted and (n[:2] == "hf" or found_one)]
-            specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in names]
-            rates = {r["name"]: r["tokens_per_s"] for r in go(*specs) if "error" not in r}
+            _say_apart(ours() + go(shard))
+        wanted = [n for n in PEERS if "peers" in names or n in names]
+        if wanted and count > 1:
+            if not importlib.util.find_spec("unsloth"):
+                wanted = [n for n in wanted if n[:2] == "hf"]
+            specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in wanted]
+            rates = {n: r["tokens_per_s"] for n, r in zip(wanted, go(*specs)) if "error" not in r}
             if rates and ours():
                 best = max(rates, key=rates.get)
-                words = re.sub(r"\W+", "_", best)
-                head[f"8b_vs_{words}"] = ours()[0]["tokens_per_s"] / rates[best]
-        if "t4" in sizes:
+                head[f"8b_vs_{best}"] = ours()[0]["tokens_per_s"] / rates[best]
+        if "t4" in names:
             half = {"fp16": True, "bf16": False}
             capped = {"options": {"memory_cap_gib": 15.0}, "args": half, "timed": {"steps": 8}}
             specs = [timed("8B fp16, 15 GiB, 2 ranks", ranks=2, **capped)] if count > 1 else []
             one = timed("8B fp16, 15 GiB, 1 rank", ranks=1, accumulate=8, **capped)
             other = copy.deepcopy(one) | {"name": "the same, other attention"}
             other["options"]["attention"] = "sdpa"
-            runs = go(*specs, one, other)
-            _say_apart(runs)
-        if "70b" in sizes and count > 1:
+            *two, one, other = go(*specs, one, other)
+            _say_apart([one, *two, other])
+        if "70b" in names and count > 1:
             _bench_70b(folder, count, go)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return head
 
 
-def _say_apart(runs, reference=-2):
-    """Differences of loss curves to one GPU's; one GPU with its sums in another order is among."""
+def _say_apart(runs):
+    """Differences of loss curves to the first's."""
     whole = [run for run in runs if "losses" in run]
-    if len(whole) < 2 or "losses" not in runs[reference]:
-        return
-    truth = runs[reference]
-    for run in whole:
-        if run is not truth and len(run["losses"]) == len(truth["losses"]):
-            apart = _apart(truth["losses"], run["losses"])
+    for run in whole[1:] if whole and whole[0] is runs[0] else ():
+        if len(run["losses"]) == len(whole[0]["losses"]):
+            apart = _apart(whole[0]["losses"], run["losses"])
             words = f"largest relative difference of {len(run['losses'])} losses"
-            print(f"{words}, {truth['name']} to {run['name']}: {apart:.2e}", flush=True)
+            print(f"{words}, {whole[0]['name']} to {run['name']}: {apart:.2e}", flush=True)
 
 
-def _bench_parity(folder, count, go):
-    """60 steps of Llama 1B on text: every way to shard on all GPUs against one GPU, and one GPU
-    with its sums in another order."""
+def _bench_parity(folder, count, go) -> dict:
+    """60 steps of Llama 1B on text: every way to shard on all GPUs against one GPU, one GPU with
+    its sums in another order, and transformers with PEFT on one. Curves to plot, by name."""
     path = str(write_by_block(folder / "1b", compile_qlora._llama("1b")))
     torch.cuda.empty_cache()
-    specs = []
+    specs = {}
 
-    def spec(name, ranks, options=None, accumulate=1, **args):
+    def spec(name, ranks, options=None, accumulate=1, stack=None, **args):
         usual = {"per_device_train_batch_size": 2, "max_steps": 60, "learning_rate": 2e-4}
         usual |= {"gradient_accumulation_steps": accumulate, "bf16": True, "seed": 3407}
         options = {"max_length": 512, "lora_r": 32, "lora_alpha": 64} | (options or {})
-        name = f"1B, {name}"
-        made = {"name": name, "path": path, "options": options, "args": usual | args}
-        specs.append(made | {"rows": 100 * 2 * count + 1, "ranks": ranks})
+        made = {"name": f"1B, {name}", "path": path, "options": options, "args": usual | args}
+        made |= {"rows": 100 * 2 * count + 1, "ranks": ranks}
+        specs[name] = made | ({"stack": stack} if stack else {})
 
     if count > 1:
         many = f"{count} GPUs"
@@ -2714,17 +3235,26 @@ def _bench_parity(folder, count, go):
     spec("1 GPU", 1, accumulate=count)
     spec("1 GPU, other attention", 1, {"attention": "sdpa"}, accumulate=count)
     spec("1 GPU, checkpointing", 1, accumulate=count, gradient_checkpointing=True)
-    many = [spec for spec in specs if spec["ranks"] > 1]
-    runs = _jobs(count, many) if many else []
-    for run in runs:
-        _say_result(run | {"ranks": count})
-    runs += go(*(spec for spec in specs if spec["ranks"] == 1))
-    for run in runs[:1] + runs[-3:-2]:
-        for i in range(0, len(run.get("losses", [])), 10):
-            values = " ".join(f"{x:.5f}" for x in run["losses"][i : i + 10])
-            print(f"loss {run['name']:<22} from step {i + 1:<3} {values}", flush=True)
-    _say_apart(runs, -3)
-    _say_apart([run for run in runs if "checkpointing" in run["name"]], -1)
+    spec("1 GPU, transformers", 0, accumulate=count, stack="hf")
+    sharded = [spec for spec in specs.values() if spec["ranks"] > 1]
+    made = _jobs(count, sharded) if sharded else []
+    _end(*_started)
+    for run in made:
+        _say_result(run)
+    made += go(*(spec for spec in specs.values() if spec["ranks"] < 2))
+    runs = dict(zip(specs, made, strict=True))
+    _say_apart([runs["1 GPU"], *(run for run in made if run is not runs["1 GPU"])])
+    alone = runs["1 GPU, checkpointing"]
+    _say_apart([alone, *(runs[n] for n in runs if "checkpointing" in n and runs[n] is not alone)])
+    drawn = {"1 GPU, transformers": "eager, 1 GPU", "1 GPU": "compiled, 1 GPU"}
+    for way in ("replicate", "shard") if count > 1 else ():
+        drawn[f"{many}, {way}"] = f"{way}, {many}"
+    curves = {w: runs[name]["losses"] for name, w in drawn.items() if "losses" in runs[name]}
+    for name, losses in curves.items():
+        for i in range(0, len(losses), 10):
+            values = " ".join(f"{x:.5f}" for x in losses[i : i + 10])
+            print(f"loss {name:<18} from step {i + 1:<3} {values}", flush=True)
+    return curves
 
 
 def _bench_70b(folder, count, go):
@@ -2748,7 +3278,7 @@ def _bench_70b(folder, count, go):
                 how["profile_at"] = 2  # before the steps whose median counts
             specs.append(_timed(f"70B r={rank}, {name}", path, 128000, count, accumulate=1, **how))
         whole, *others = go(*specs)
-        _say_apart([whole, *others], 0)
+        _say_apart([whole, *others])
         for run in others:
             if "peak_gib" in run and "peak_gib" in whole:
                 share = run["peak_gib"] / whole["peak_gib"]
@@ -2756,32 +3286,34 @@ def _bench_70b(folder, count, go):
 
 
 def bench_cpu(results) -> dict:
-    """Two gloo ranks on this CPU: the small model, ways to shard it."""
-    path = _checkpoint("small", dtype=torch.bfloat16)
-    make = functools.partial(_spec, path=path, steps=12, args={"logging_steps": 1})
-    names = {base: f"small, 2 CPU ranks, {base}" for base in ("replicate", "shard")}
-    specs = [make(name, options={"base": base}) for base, name in names.items()]
-    results["runs"] = _jobs(2, specs, CUDA_VISIBLE_DEVICES="")
+    """Two gloo ranks on this CPU: the small model, ways to shard it, beside one process."""
+    make = functools.partial(
+        _spec, path=_checkpoint("small", dtype=torch.bfloat16), steps=CPU_STEPS
+    )
+    one, how = "1 process", {"args": {"logging_steps": 1}}
+    ones = [make(f"eager, {one}", accumulate=2, stack="hf")]
+    ones += [make(f"compiled, {one}", accumulate=2, options={"compile": True}, **how)]
+    ways = "replicate", "shard"
+    twos = [make(f"{base}, 2 ranks", options={"base": base}, **how) for base in ways]
+    results["runs"] = _jobs(0, ones, **_on_cpu()) + _jobs(2, twos, **_on_cpu())
     for run in results["runs"]:
         _say_result(run)
-    plain, sharded = results["runs"]
+    results["curves"] = {run["name"]: run["losses"] for run in results["runs"]}
+    _say_apart(results["runs"])
+    _, _, plain, sharded = results["runs"]
     return {"shard_vs_replicate": sharded["tokens_per_s"] / plain["tokens_per_s"]}
 
 
+def plot(results, path):
+    """Loss curves of one process, eager and compiled, and of all ranks, as a PNG."""
+    curves = results["curves"]
+    model = "Llama 1B" if _gpus() else "a small Llama"
+    title = f"QLoRA of {model} on text, {_device_words(_gpus() or 1)}"
+    _need(len(curves) > 1, "--plot", f"{len(curves)} whole runs", "two or more, see above")
+    compile_qlora.plot_losses(curves, path, title)
+
+
 # --------------------------------------------------------------------------------------------------
-
-
-def _self_test() -> tuple[int, int]:
-    import pytest
-
-    passed = []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
-    sys.modules["qlora_fsdp2"] = sys.modules[__name__]  # or pytest would import a second one
-    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
-    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, "-W", "ignore", "--show-capture=no", __file__], plugins)
-    interrupted = code == pytest.ExitCode.INTERRUPTED
-    return 130 if interrupted else int(code != 0), len(passed)
 
 
 def _parse(argv):
@@ -2801,12 +3333,16 @@ def _header(device, seed):
 
 
 def _device_words(count):
-    return f"{count} x {torch.cuda.get_device_name()}" if _gpus() else f"{count} x CPU"
+    return f"{count} x {torch.cuda.get_device_name()}" if _gpus() else "CPU"
 
 
 def _train(options, args, world) -> dict:
     """--model or --dataset: trains, exports; results for --json."""
+    for name in ("test", "bench", "fuzz", "only", "plot"):
+        found = f"--model or --dataset beside --{name}"
+        _need(not getattr(options, name), "options", found, "either")
     _check_options(options, args, world)
+    _check_paths(options.json)
     _voice.output_dir = args.output_dir
     cuda = world.device.type == "cuda"
     if cuda and not args.fp16 and not args.bf16:
@@ -2851,6 +3387,16 @@ def _train(options, args, world) -> dict:
     return {key: getattr(run, key) for key in keys}
 
 
+def _specs(given, world):
+    """What --worker is to do: as given, or for "-" line by line from the first rank's input."""
+    while True:
+        line = [(sys.stdin.readline() if given == "-" else given) if world.first else None]
+        dist.broadcast_object_list(line, 0, group=world.gloo)
+        yield from json.loads(line[0] or "[]")
+        if given != "-" or not line[0]:
+            return
+
+
 def _in_ranks(argv) -> int:
     """What every rank does under torchrun, or the only process without it."""
     _voice.connect()
@@ -2860,7 +3406,7 @@ def _in_ranks(argv) -> int:
     if world.device.type == "cpu" and not use_cpu:
         argv = [*argv, "--use_cpu", "true"]
     if argv[:1] == ["--worker"]:
-        for spec in json.loads(argv[1]):
+        for spec in _specs(argv[1], world):
             found = worker(spec, world)
             if world.first:
                 print("WORKER " + json.dumps(found), flush=True)
@@ -2890,32 +3436,28 @@ def _write_json(path, found):
     part.replace(path)
 
 
-def _test_and_bench(argv) -> int:
-    options, args = _parse(argv)
-    count = _gpus() or 1
-    versions = _header(_device_words(count), args.seed)
-    code, checks, head, results = 0, 0, {}, {}
-    if options.test or not options.bench:
-        code, checks = _self_test()
-    if not code and (options.bench or not options.test):
-        if _gpus():
-            usual = "parity,8b,shard,peers,t4,70b"
-            sizes = os.environ.get("QLORA_FSDP2_SIZES", usual).split(",")
-            head = bench_gpu(results, sizes)
-        else:
-            head = bench_cpu(results)
-        broken = [r for r in results["runs"] if "error" in r and r["name"] not in PEERS.values()]
-        code = int(bool(broken))
-    if options.json:
-        _write_json(options.json, {**versions, **results, **head})
-    figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
-    print(f"RESULT qlora_fsdp2 {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
-    return code
+def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
+    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
+    import pytest
+
+    passed = []
+    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    sys.modules["qlora_fsdp2"] = sys.modules[__name__]  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    quiet += ["-W", "ignore", "--show-capture=no"]
+    if fuzz:
+        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
+        quiet += ["-k", "fuzz"]
+    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
+    code = pytest.main([*quiet, __file__], plugins)
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(code != 0), len(passed)
 
 
 def _explain(error) -> tuple[int, str]:
-    """(exit code, one line) for what went wrong."""
-    line = " ".join(str(error).split())
+    """(exit code, one line) for what ended a run; "" if it was not foreseen."""
+    line = " ".join(str(error).split())[:400]
     if isinstance(error, torch.OutOfMemoryError):
         tried = re.search(r"Tried to allocate [\d.]+ \w+", line)
         less = "need less: --per_device_train_batch_size, --max_length, --gradient_checkpointing "
@@ -2931,19 +3473,56 @@ def _explain(error) -> tuple[int, str]:
         return 2, f"a file of safetensors cannot be read or written: {line[:200]}"
     if isinstance(error, Missing):
         return 77, line
-    if isinstance(error, ImportError):
-        return 77, f"found no {error.name}, need requirements.txt installed"
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return 1, f"a region could not be compiled: {line[:300]}"
-    if isinstance(error, AssertionError):
-        return 1, f"a check failed: {line[:400]}"
-    if isinstance(error, (ValueError, TypeError, OSError)):
-        return 2, line[:400]
-    if isinstance(error, (dist.DistError, RuntimeError)):
-        lost = re.search(r"(?i)connection (closed|reset)|gloo|nccl|socket|peer", line)
-        if lost:
-            return 1, f"lost another rank ({line[:100]}); {_last_words()}"
-    raise error
+    code, words = compile_qlora._explain(error)
+    lost = re.search(r"(?i)connection (closed|reset)|gloo|nccl|socket|peer", line)
+    if not words and lost and isinstance(error, (dist.DistError, RuntimeError)):
+        return 1, f"lost another rank ({line[:100]}); {_last_words()}"
+    return code, words
+
+
+def _plan(options) -> tuple[bool, list[str]]:
+    """(whether it tests, what it times); ValueError, before any work, for options that do not go
+    together."""
+    tests = bool(options.test or options.fuzz or not options.bench)
+    times = options.bench or not (options.test or options.fuzz)
+    names, known = options.only.split(",") if options.only else [*DEFAULT], {*TIMINGS, *PEERS}
+    _need({*names} <= known, "--only", options.only, f"some of {', '.join((*TIMINGS, *PEERS))}")
+    for name in ("only", "plot"):
+        ok = times or not getattr(options, name)
+        _need(ok, f"--{name}", "no timings", "--bench or neither it nor --test")
+    _need(_gpus() or not options.only, "--only", "no GPU", "one: a CPU has one timing")
+    if options.plot:
+        names.append("parity")
+    return tests, names if times else []
+
+
+def _check_paths(*paths):
+    """Makes their folders: what is written last is looked at first."""
+    for path in filter(None, paths):
+        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
+def _test_and_time(options, args) -> int:
+    tests, names = _plan(options)
+    if options.plot:
+        import matplotlib  # noqa: F401
+    _check_paths(options.plot, options.json)
+    versions = _header(_device_words(_gpus() or 1), args.seed)
+    code, checks, head, results = 0, 0, {}, {}
+    if tests:
+        code, checks = _self_test(options.fuzz, args.seed)
+    if names and not code:
+        head = bench_gpu(results, names) if _gpus() else bench_cpu(results)
+        broken = [r for r in results["runs"] if "error" in r and r["name"] not in PEERS.values()]
+        code = int(bool(broken))
+        if options.plot and not code:
+            plot(results, options.plot)
+    if options.json:
+        _write_json(options.json, {**versions, **results, **head})
+    figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
+    print(f"RESULT qlora_fsdp2 {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
+    return code
 
 
 def main(argv=None) -> int:
@@ -2959,12 +3538,11 @@ def main(argv=None) -> int:
             return code
         if int(os.environ.get("RANK", "0")):  # torchrun without a model: one process tests, and
             return 0  # starts torchruns of its own
-        return _test_and_bench(argv)
-    except KeyboardInterrupt:
-        code, words = 130, f"interrupted; {_last_words()}" if trains else "interrupted"
-    except (Exception, CheckpointException) as error:  # noqa: BLE001 (raised again if unknown)
+        return _test_and_time(*_parse(argv))
+    except (Exception, CheckpointException, KeyboardInterrupt) as error:  # noqa: BLE001
         code, words = _explain(error)
-    _voice.say(words)
+        _voice.say(words)
+    _end(*_started)
     sys.stdout.flush()
     sys.stderr.flush()
     if trains:  # other ranks may wait in a collective: torchrun ends them when this one has gone
