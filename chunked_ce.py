@@ -1379,8 +1379,12 @@ def _check_patch(base, forward, options):
     ids = torch.arange(1, 9, device=base.device)[None] % base.config.get_text_config().vocab_size
     modes = {module: module.training for module in base.modules()}
     try:
+        base.eval()
+        for module in base.modules():  # in evaluation bitsandbytes' CPU layers repack their weights
+            # for good, and then have no gradient
+            module.training = type(module).__module__.startswith("bitsandbytes")
         with torch.no_grad():
-            ways = base.eval()._stock_forward, forward
+            ways = base._stock_forward, forward
             stock, got = (way(input_ids=ids, labels=ids) for way in ways)
             hidden, layer = base.base_model(ids).last_hidden_state, base.get_output_embeddings()
             weight, bias = _head_weight(layer), getattr(layer, "bias", None)
@@ -2101,6 +2105,23 @@ def test_fuzz_causal_language_models():
     options |= {"share": (0.0, 0.5), "seed": range(100)}
     with _small(ROWS=8):
         _fuzz(check, **{name: st.sampled_from(values) for name, values in options.items()})
+
+
+def test_patching_leaves_4bit_weights_trainable():
+    import bitsandbytes as bnb
+
+    model = _tiny().bfloat16()
+    attention = model.model.layers[0].self_attn
+    plain, dtype = attention.q_proj, torch.bfloat16
+    shape = plain.in_features, plain.out_features
+    layer = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.load_state_dict(plain.state_dict())
+    attention.q_proj = layer.to("cpu")
+    patch_causal_lm(model.eval())
+    model.train()
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def _text(steps, batch, length):

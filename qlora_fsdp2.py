@@ -68,6 +68,9 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 from unittest import mock
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported: nothing else can catch it yet
+    INTERRUPT = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -3551,4 +3554,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPT)
     sys.exit(main())
