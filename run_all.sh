@@ -35,9 +35,8 @@ if ! "$python" -c "import $needs" 2>/dev/null; then
   fi
   python=.venv/bin/python
 fi
-plot=()
-if [[ $mode == plot ]]; then
-  "$python" -c "import matplotlib" 2>/dev/null || fail "found no matplotlib, need it for --plot: pip install matplotlib" 77
+if [[ $mode == plot ]] && ! "$python" -c "import matplotlib" 2>/dev/null; then
+  fail "found no matplotlib, need it for --plot: $python -m pip install matplotlib" 77
 fi
 
 if [[ $mode == test ]]; then
@@ -47,35 +46,75 @@ fi
 
 mkdir -p results || fail "cannot make results/, need a directory that can be written" 2
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-rows=() failed=0 stopped=
-trap 'stopped=1' INT  # torchrun exits with 1 then
+cores=$(getconf _NPROCESSORS_ONLN)
+side=$((cores < 8 ? 1 : cores < 16 ? 2 : 4))  # self-tests side by side; timings have the machine alone
+declare -A began=() pid_of=() state=() seconds=() words=()
+stopped=
+stop() {
+  stopped=1
+  for pid in $(jobs -p); do kill -INT -- "-$pid" 2>/dev/null; done
+}
+set -m  # every job is a group of its own, so that all of it can be stopped
+trap stop INT
+
+judge() {  # name, exit code, log: state and figures
+  case $2 in
+    0) state[$1]=PASS ;;
+    77) state[$1]=SKIP ;;
+    130) state[$1]=STOPPED ;;
+    *) state[$1]=FAIL ;;
+  esac
+  [[ $stopped ]] && state[$1]=STOPPED
+  words[$1]="${words[$1]:-} $(grep -a "^RESULT $1 " "$3" | tail -1 | sed -E "s/^RESULT $1 [A-Z]+ ?//; s/^checks=0 ?//")"
+}
+
+echo "=== self-tests, $side at a time, on $cores cores and $gpus GPUs (results/NAME.test.log)"
+collect() {  # waits for one self-test
+  local code
+  wait -n -p pid "${!pid_of[@]}"
+  code=$?
+  [[ -n ${pid:-} ]] || return  # a signal
+  local name=${pid_of[$pid]}
+  unset "pid_of[$pid]"
+  seconds[$name]=$((SECONDS - began[$name]))
+  judge "$name" "$code" "results/$name.test.log"
+  echo "$name: ${state[$name]}, ${seconds[$name]} s"
+  [[ $code == 0 ]] || tail -n 40 "results/$name.test.log"
+}
 for name in "${names[@]}"; do
+  while ((${#pid_of[@]} >= side)); do collect; done
+  [[ $stopped ]] && break
+  began[$name]=$SECONDS
+  "$python" "$name.py" --test >"results/$name.test.log" 2>&1 &
+  pid_of[$!]=$name
+done
+while ((${#pid_of[@]} > 0)); do collect; done
+
+for name in "${names[@]}"; do
+  [[ $stopped ]] && break
+  [[ ${state[$name]} == PASS ]] || continue
   command=("$python" "$name.py")
   if [[ $name == qlora_fsdp2 ]]; then  # one process a GPU, or 2 gloo ranks on the CPU
     command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$((gpus > 0 ? gpus : 2))" "$name.py")
   fi
-  [[ $mode == plot ]] && plot=(--plot "results/$name.png")
+  command+=(--bench --json "results/$name.json")
+  [[ $mode == plot ]] && command+=(--plot "results/$name.png")
   echo "=== $name"
   start=$SECONDS
-  "${command[@]}" --json "results/$name.json" "${plot[@]}" 2>&1 | tee -i "results/$name.log"
+  "${command[@]}" 2>&1 | tee -i "results/$name.log"
   code=${PIPESTATUS[0]}
-  [[ $stopped ]] && code=130
-  case $code in
-    0) state=PASS ;;
-    77) state=SKIP ;;
-    130) state=STOPPED failed=130 ;;
-    *) state=FAIL failed=1 ;;
-  esac
-  words=$(grep -a "^RESULT $name " "results/$name.log" | tail -1 | sed -E "s/^RESULT $name [A-Z]+ ?//")
-  rows+=("$name|$state|$((SECONDS - start))|${words:--}")
-  [[ $code == 130 ]] && break
+  [[ $code == 130 ]] && stopped=1
+  seconds[$name]=$((seconds[$name] + SECONDS - start))
+  judge "$name" "$code" "results/$name.log"
 done
 
+failed=0
 {
   printf '\n%-14s %-8s %8s  %s\n' script result seconds "checks passed; figures (1.50x: one and a half times as good as the peer named)"
-  for row in "${rows[@]}"; do
-    IFS='|' read -r name state seconds words <<<"$row"
-    printf '%-14s %-8s %8s  %s\n' "$name" "$state" "$seconds" "$words"
+  for name in "${names[@]}"; do
+    printf '%-14s %-8s %8s %s\n' "$name" "${state[$name]:--}" "${seconds[$name]:--}" "${words[$name]:-}"
   done
 } | tee -i results/table.txt
+for name in "${names[@]}"; do [[ ${state[$name]:-} == FAIL ]] && failed=1; done
+[[ $stopped ]] && failed=130
 exit "$failed"
