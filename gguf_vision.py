@@ -4540,6 +4540,7 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     sys.modules["gguf_vision"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
     quiet += ["-W", "ignore", "--show-capture=no"]
+    quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
     if fuzz:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]

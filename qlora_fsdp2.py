@@ -93,7 +93,7 @@ from torch.distributed.tensor import DTensor
 try:
     import chunked_ce
     import compile_qlora
-    from compile_qlora import GIB, TARGETS, _import, _need
+    from compile_qlora import GIB, TARGETS, _check_paths, _import, _need, _write
     from nf4_triton import NF4, _unpack, dequantize_nf4
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "compile_qlora", "flex_attn", "nf4_triton"):
@@ -3425,7 +3425,8 @@ def _in_ranks(argv) -> int:
         print("no GPU found: training on CPUs, with gloo", flush=True)
     found = _train(options, args, world)
     if world.first and options.json:
-        _write_json(options.json, {**versions, **found})
+        found = {**versions, **found}
+        _write(options.json, lambda part: part.write_text(json.dumps(found, indent=1)))
     dist.barrier(group=world.gloo)
     if world.first:
         rate = f"tokens_per_s={found['tokens_per_s']:.0f}"
@@ -3433,28 +3434,27 @@ def _in_ranks(argv) -> int:
     return 0
 
 
-def _write_json(path, found):
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(found, indent=1))
-    part.replace(path)
-
-
 def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed = []
+    passed, errors = [], []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["qlora_fsdp2"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
     quiet += ["-W", "ignore", "--show-capture=no"]
+    quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
     if fuzz:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
-    plugins = [types.SimpleNamespace(pytest_runtest_logreport=count)]
-    code = pytest.main([*quiet, __file__], plugins)
+    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
+    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
+    for error in errors:
+        if isinstance(error, ImportError):  # a package is missing, which is no failed check
+            raise error
     return int(code != 0), len(passed)
 
 
@@ -3499,13 +3499,6 @@ def _plan(options) -> tuple[bool, list[str]]:
     return tests, names if times else []
 
 
-def _check_paths(*paths):
-    """Makes their folders: what is written last is looked at first."""
-    for path in filter(None, paths):
-        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
-        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-
-
 def _test_and_time(options, args) -> int:
     tests, names = _plan(options)
     if options.plot:
@@ -3522,7 +3515,8 @@ def _test_and_time(options, args) -> int:
         if options.plot and not code:
             plot(results, options.plot)
     if options.json:
-        _write_json(options.json, {**versions, **results, **head})
+        found = {**versions, **results, **head}
+        _write(options.json, lambda part: part.write_text(json.dumps(found, indent=1)))
     figures = " ".join(f"{k}={v:.2f}x" for k, v in head.items())
     print(f"RESULT qlora_fsdp2 {'FAIL' if code else 'PASS'} checks={checks} {figures}".rstrip())
     return code
