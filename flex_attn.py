@@ -1904,7 +1904,8 @@ def _fuzz(check, **drawn):
     few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
     import hypothesis
 
-    cases, seed = os.environ.get("FUZZ_CASES", FUZZ_CASES), os.environ.get("FUZZ_SEED", "0")
+    few = int(FUZZ_CASES) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
+    cases, seed = os.environ.get("FUZZ_CASES", str(few)), os.environ.get("FUZZ_SEED", "0")
     settings = hypothesis.settings(
         max_examples=int(cases),
         deadline=None,
