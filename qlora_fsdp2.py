@@ -943,6 +943,9 @@ def step_locally(optimizer):
     def piece(p):
         if p not in pieces:
             pieces[p] = torch.nn.Parameter(_local(p.detach()), requires_grad=True)
+            if p in optimizer.state:  # Adagrad's is made with it, and torch 2.11 makes it only then
+                state = optimizer.state.pop(p)
+                optimizer.state[pieces[p]] = {k: _local(v) for k, v in state.items()}
         ours = pieces[p]
         ours.grad = None if p.grad is None or not ours.numel() else _local(p.grad)
         return ours
