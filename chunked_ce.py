@@ -1237,11 +1237,12 @@ def grpo_loss(
     default loss_type is "dapo").
 
     x [B, T, D] hidden states that predict labels [B, T], mask [B, T] (1 where a token counts; one
-    labelled -100 does not), advantages [B] or [B, T], old_logprobs and ref_logprobs [B, T] float (old None: on-policy, ratio
-    1; ref is needed for beta > 0). A token's loss is -min(ratio * A, clip(ratio, 1 - epsilon,
-    1 + epsilon_high) * A) + beta * KL, KL = exp(ref - logp) - (ref - logp) - 1; delta clips the
-    ratio from above as well. Summed over tokens it is divided by (loss_type): the sequence's
-    tokens, then a mean over B ("grpo"); all tokens ("bnpo"); B * max_completion_length ("dr_grpo");
+    labelled -100 does not), advantages [B] or [B, T], old_logprobs and ref_logprobs [B, T] float
+    (old None: on-policy, ratio 1; ref is needed for beta > 0). A token's loss is
+    -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) + beta * KL with
+    KL = exp(ref - logp) - (ref - logp) - 1; delta clips the ratio from above as well. Summed over
+    tokens it is divided by (loss_type): the sequence's tokens, then a mean over B ("grpo"); all
+    tokens ("bnpo"); B * max_completion_length ("dr_grpo");
     num_items ("dapo"; "cispo", whose loss is -min(ratio, epsilon_high) * A * logp with a constant
     ratio); B ("luspo"). Divide by accumulation steps yourself where the batch is accumulated.
     importance_sampling_level "sequence" takes one ratio for a sequence (GSPO) and logits twice.

@@ -84,7 +84,15 @@ from triton.runtime.interpreter import InterpretedFunction
 try:
     import chunked_ce
     import flex_attn
-    from nf4_triton import _sass, dequantize_nf4, patch_bitsandbytes
+    from nf4_triton import (
+        _check_paths,
+        _fuzz,
+        _sass,
+        _self_test,
+        _write,
+        dequantize_nf4,
+        patch_bitsandbytes,
+    )
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "flex_attn", "nf4_triton"):
         raise
@@ -102,7 +110,6 @@ SLOPES["gelu_tanh"] = functools.partial(torch.ops.aten.gelu_backward, approximat
 MANY_SMS = 68  # inductor tunes matrix products on GPUs of so many SMs (a T4 has 40)
 GIB = 2**30
 KEEP = torch.contiguous_format
-FUZZ_CASES = "12"  # of each random test in the self-test
 TIMINGS = "1b", "8b", "challenge"  # on a GPU, by --only
 FUSED_RANK = 64  # larger LoRA ranks are added by cuBLAS before the activation: shared memory
 
@@ -2782,20 +2789,7 @@ def test_gpu_max_autotune():
 # Self-test, at random
 
 
-def _fuzz(check, **drawn):
-    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
-    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
-    import hypothesis
-
-    few = int(FUZZ_CASES) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
-    cases, seed = os.environ.get("FUZZ_CASES", str(few)), os.environ.get("FUZZ_SEED", "0")
-    settings = hypothesis.settings(
-        max_examples=int(cases),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
+_fuzz = functools.partial(_fuzz, few=12)  # cases of each random test in the self-test
 
 
 def _refusal(do):
@@ -3235,11 +3229,17 @@ def worker(spec: dict) -> dict:
     return result
 
 
+def _visible(gpu):
+    """What CUDA_VISIBLE_DEVICES has to be where only this GPU of ours (from 0) is to be seen."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ours.split(",")[gpu].strip() if ours else str(gpu)
+
+
 def _spawn(spec, gpu, cache, running):
     """worker(spec) in a process of its own, which `running` has while it runs; {"error": its last
     line} if it fails."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
+    env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "CUDA_VISIBLE_DEVICES": _visible(gpu)}
     env |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps(spec)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -3424,54 +3424,6 @@ def plot(results, path):
 # --------------------------------------------------------------------------------------------------
 
 
-def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
-    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
-    import pytest
-
-    passed, errors = [], []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
-    keep = lambda call: errors.append(call.excinfo.value)
-    sys.modules["compile_qlora"] = sys.modules[__name__]  # or pytest would import a second one
-    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
-    quiet += ["-W", "ignore", "--show-capture=no"]
-    quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
-    if fuzz:
-        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
-        quiet += ["-k", "fuzz"]
-    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
-    for error in errors:
-        if isinstance(error, ImportError):  # a package is missing, which is no failed check
-            raise error
-    return int(code != 0), len(passed)
-
-
-def _check_paths(*paths):
-    """What is written last is looked at first: no folder has a file's name, and theirs are made."""
-    for path in filter(None, paths):
-        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
-        folder = Path(path).absolute().parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"{folder}: found {error.strerror}, need a folder to write to") from error
-
-
-def _write(path, save):
-    """save(a temporary path), which then gets its name: no half of a file ever has it."""
-    part = Path(f"{path}.part")
-    try:
-        save(part)
-        part.replace(path)
-    except OSError as error:
-        found = error.strerror or error
-        raise OSError(f"{path}: found {found}, need room and leave to write") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line, dynamo = " ".join(str(error).split())[:400], torch._dynamo.exc
@@ -3609,7 +3561,7 @@ def main(argv=None) -> int:
         gpu = torch.cuda.is_available()
         tests, names, trains = _plan(options, gpu)
         if tests:
-            code, checks = _self_test(options.fuzz, args.seed)
+            code, checks = _self_test(options.fuzz, args.seed, sys.modules[__name__])
         if names and not code:
             head = bench_gpu(results, names, options) if gpu else bench_cpu(results, options)
             failed = (r for r in results.get("speed", ()) if r["stack"] != "unsloth")

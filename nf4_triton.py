@@ -667,12 +667,12 @@ def test_kernel_bits_under_interpreter():
     _check_interpreted(tied, 64, False)
 
 
-def _fuzz(check, **drawn):
+def _fuzz(check, few=FUZZ_CASES, **drawn):
     """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
     few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
     import hypothesis
 
-    few = int(FUZZ_CASES) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
+    few = int(few) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
     cases, seed = os.environ.get("FUZZ_CASES", str(few)), os.environ.get("FUZZ_SEED", "0")
     settings = hypothesis.settings(
         max_examples=int(cases),
@@ -1415,14 +1415,14 @@ def _read_weight(path: str, name: str | None) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
-    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
+def _self_test(fuzz=None, seed=0, module=sys.modules[__name__]) -> tuple[int, int]:
+    """(exit code, tests passed) of a script; with fuzz of its random tests, as many cases each."""
     import pytest
 
     passed, errors = [], []
     count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
     keep = lambda call: errors.append(call.excinfo.value)
-    sys.modules["nf4_triton"] = sys.modules[__name__]  # or pytest would import a second one
+    sys.modules[Path(module.__file__).stem] = module  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
     quiet += ["-W", "ignore", "--show-capture=no"]
     quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
@@ -1430,7 +1430,7 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    code = pytest.main([*quiet, module.__file__], [types.SimpleNamespace(**hooks)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     for error in errors:

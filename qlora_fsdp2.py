@@ -93,8 +93,16 @@ from torch.distributed.tensor import DTensor
 try:
     import chunked_ce
     import compile_qlora
-    from compile_qlora import GIB, TARGETS, _check_paths, _import, _need, _write
-    from nf4_triton import NF4, _unpack, dequantize_nf4
+    from compile_qlora import GIB, TARGETS, _import, _need
+    from nf4_triton import (
+        NF4,
+        _check_paths,
+        _fuzz,
+        _self_test,
+        _unpack,
+        _write,
+        dequantize_nf4,
+    )
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "compile_qlora", "flex_attn", "nf4_triton"):
         raise
@@ -104,7 +112,6 @@ except ModuleNotFoundError as error:
     print(found, file=sys.stderr)
     sys.exit(77)
 
-FUZZ_CASES = "25"  # of each random test in the self-test
 ALIGN = 256  # bytes between the starts of tensors in a unit's buffer
 SHARD_BYTES = 5 * 10**9  # of a merged model's files
 TIMINGS = "parity", "8b", "shard", "peers", "t4", "70b"  # on GPUs, by --only
@@ -1741,8 +1748,8 @@ def _plain_environment():
     away = "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "TORCH_NCCL_"
     env = {k: v for k, v in env.items() if not k.startswith(away)}
     plain = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not _gpus():  # where there are, torchrun's own choice of one thread is right
-        plain["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
+    cores = 2 if _gpus() else os.cpu_count() or 1  # torchrun's choice of one thread where there are
+    plain["OMP_NUM_THREADS"] = str(max(1, cores // 2))
     return env | plain
 
 
@@ -1949,7 +1956,7 @@ def _checkpoint(name="tiny", config=None, quantised=True, dtype=torch.float32):
     return str(directory)
 
 
-STEPS = 36
+STEPS = 60
 BATCH = {"per_device_train_batch_size": 2, "learning_rate": 2e-3, "max_grad_norm": 0.5}
 SMALL = {"lora_r": 8, "lora_alpha": 16, "max_length": 96}
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -1985,22 +1992,6 @@ def _single(world, accumulate, order=False, packing=False):
 def _apart(a, b):
     assert len(a) == len(b), (len(a), len(b))
     return compile_qlora.difference(a, b)
-
-
-def _fuzz(check, **drawn):
-    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
-    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
-    import hypothesis
-
-    few = int(FUZZ_CASES) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
-    cases, seed = os.environ.get("FUZZ_CASES", str(few)), os.environ.get("FUZZ_SEED", "0")
-    settings = hypothesis.settings(
-        max_examples=int(cases),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
 
 
 def _drawn(**drawn) -> list[dict]:
@@ -2370,7 +2361,7 @@ def _alone():
 
 
 def test_losses_equal_one_process():
-    """36 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
+    """60 steps of 4 rows, 12 to an epoch and the last of one row alone: the curve of one process
     with stock Trainer, transformers and PEFT, for every way to shard. On GPUs that of one GPU."""
     specs = [
         _spec("replicate", args={"logging_steps": 1}),
@@ -2721,17 +2712,24 @@ def _broken(spec, before=None):
     return _one_line(done), time.time() - max([begin, *files])
 
 
+FAULTS = {  # rank, step, what
+    "first": (0, 4, "kill"),
+    "second": (1, 4, "kill"),
+    "saving": (1, 6, "kill_saving"),
+    "memory": (1, 4, "memory"),
+}
+
+
 def test_a_rank_that_fails_ends_the_job():
-    """The first rank killed in training, another while it writes a checkpoint, one out of memory,
-    or all without space: the job ends, one line is said, and it goes on from the last complete
-    checkpoint with the same losses."""
+    """A rank killed in training, one while it writes a checkpoint, one out of memory, or all
+    without space: the job ends, one line is said, and it goes on from the last complete checkpoint
+    with the same losses."""
     save = {"save_strategy": "steps", "save_steps": 3}
-    out = {name: str(Path(_folder().name) / name) for name in ("kill", "saving", "memory", "full")}
+    out = {name: str(Path(_folder().name) / name) for name in (*FAULTS, "full")}
     args = {name: save | {"output_dir": folder} for name, folder in out.items()}
     whole, _ = _jobs(2, [_spec(steps=9), _spec(steps=3, args=args["full"])], **_on_cpu())
-    faults = {"kill": (0, 4, "kill"), "saving": (1, 6, "kill_saving"), "memory": (1, 4, "memory")}
     jobs = []
-    for name, fault in faults.items():
+    for name, fault in FAULTS.items():
         fault = dict(zip(("rank", "step", "kind"), fault, strict=True))
         spec = _spec(steps=9, args=args[name], fault=fault)
         jobs.append(functools.partial(_broken, spec))
@@ -2741,7 +2739,8 @@ def test_a_rank_that_fails_ends_the_job():
 
     spec = _spec(steps=9, args=args["full"], resume=f"{out['full']}/checkpoint-3")
     done = _beside(*jobs, functools.partial(_broken, spec, no_space))
-    words = {"kill": "rank 1: ", "saving": "rank 0: ", "memory": "rank 1: out of GPU memory"}
+    words = {"first": "rank 1: ", "second": "rank 0: ", "saving": "rank 0: "}
+    words["memory"] = "rank 1: out of GPU memory"
     words["full"] = "the checkpoint could not be written"
     for (name, folder), (line, seconds) in zip(out.items(), done, strict=True):
         assert words[name] in line and "checkpoint-3" in line, (name, line)
@@ -2750,7 +2749,7 @@ def test_a_rank_that_fails_ends_the_job():
     assert [p.name for p in Path(out["full"]).iterdir()] == ["checkpoint-3"]
     rest = [
         _spec(steps=9, args={"output_dir": out[name]}, resume=f"{out[name]}/checkpoint-3")
-        for name in faults
+        for name in FAULTS
     ]
     for run in _jobs(2, rest, **_on_cpu()):
         assert run["losses"] == whole["losses"][3:]
@@ -3145,7 +3144,8 @@ def bench_gpu(results, names) -> dict:
 
     def go(*specs):
         """Runs of one GPU side by side, others one after the other."""
-        alone = lambda i, s: functools.partial(_run_timed, s, CUDA_VISIBLE_DEVICES=str(i), **cache)
+        seen = compile_qlora._visible
+        alone = lambda i, s: functools.partial(_run_timed, s, CUDA_VISIBLE_DEVICES=seen(i), **cache)
         ones = [s for s in specs if s["ranks"] < 2]
         made = {}
         for i in range(0, len(ones), count):
@@ -3438,30 +3438,6 @@ def _in_ranks(argv) -> int:
     return 0
 
 
-def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
-    """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
-    import pytest
-
-    passed, errors = [], []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
-    keep = lambda call: errors.append(call.excinfo.value)
-    sys.modules["qlora_fsdp2"] = sys.modules[__name__]  # or pytest would import a second one
-    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
-    quiet += ["-W", "ignore", "--show-capture=no"]
-    quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
-    if fuzz:
-        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
-        quiet += ["-k", "fuzz"]
-    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
-    for error in errors:
-        if isinstance(error, ImportError):  # a package is missing, which is no failed check
-            raise error
-    return int(code != 0), len(passed)
-
-
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
@@ -3511,7 +3487,7 @@ def _test_and_time(options, args) -> int:
     versions = _header(_device_words(_gpus() or 1), args.seed)
     code, checks, head, results = 0, 0, {}, {}
     if tests:
-        code, checks = _self_test(options.fuzz, args.seed)
+        code, checks = _self_test(options.fuzz, args.seed, sys.modules[__name__])
     if names and not code:
         head = bench_gpu(results, names) if _gpus() else bench_cpu(results)
         broken = [r for r in results["runs"] if "error" in r and r["name"] not in PEERS.values()]

@@ -45,9 +45,13 @@ if [[ $mode == test ]]; then
 fi
 
 mkdir -p results || fail "cannot make results/, need a directory that can be written" 2
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+read -r gpus gib < <("$python" -c 'import torch.cuda as c
+n = c.device_count()
+print(n, min([c.get_device_properties(i).total_memory >> 30 for i in range(n)], default=1000))')
 cores=$(getconf _NPROCESSORS_ONLN)
-side=$((cores < 8 ? 1 : cores < 16 ? 2 : 4))  # self-tests side by side; timings have the machine alone
+side=$((cores / 4 < gib / 20 ? cores / 4 : gib / 20))  # self-tests; timings have the machine alone
+side=$((side < 1 ? 1 : side < ${#names[@]} ? side : ${#names[@]}))
+threads=$((side > 1 && cores / side > 4 ? 4 : cores / side))  # else they wait for each other's
 declare -A began=() pid_of=() state=() seconds=() words=()
 stopped=
 stop() {
@@ -73,7 +77,12 @@ collect() {  # waits for one self-test
   local code
   wait -n -p pid "${!pid_of[@]}"
   code=$?
-  [[ -n ${pid:-} ]] || return  # a signal
+  if [[ -z ${pid:-} ]]; then  # a signal came, or one ended while the last was looked at
+    for pid in "${!pid_of[@]}" ""; do kill -0 "$pid" 2>/dev/null || break; done
+    [[ -n $pid ]] || return
+    wait "$pid"
+    code=$?
+  fi
   local name=${pid_of[$pid]}
   unset "pid_of[$pid]"
   seconds[$name]=$((SECONDS - began[$name]))
@@ -85,7 +94,7 @@ for name in "${names[@]}"; do
   while ((${#pid_of[@]} >= side)); do collect; done
   [[ $stopped ]] && break
   began[$name]=$SECONDS
-  "$python" "$name.py" --test >"results/$name.test.log" 2>&1 &
+  OMP_NUM_THREADS=$threads "$python" "$name.py" --test >"results/$name.test.log" 2>&1 &
   pid_of[$!]=$name
 done
 while ((${#pid_of[@]} > 0)); do collect; done
