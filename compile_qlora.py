@@ -1987,6 +1987,8 @@ def _families():
 def test_families_equal_transformers():
     families = _families()
     del families["llama"]  # which every other test has
+    if _device() == "cuda":  # where kernels are compiled for each: those with biases, with softcaps
+        families = {name: families[name] for name in ("qwen2", "gemma2")}
     for name, config in families.items():
         path = _checkpoint(name, config)
         stock = _model("hf", path)
@@ -2007,7 +2009,7 @@ def test_families_equal_transformers():
 def test_one_compilation_for_all_lengths_and_batch_sizes():
     """Through inductor: 14 lengths, batches of 1 to 5; after the warm-up nothing is compiled."""
     stock, model = _model("hf"), None
-    for checkpointing in (False, True):
+    for checkpointing in (False, True) if _device() == "cpu" else (True,):
         model = _model("ours_compiled", backend="inductor", checkpointing=checkpointing)
         for rows, length in ((2, 33), (1, 48)):
             _step(model, _ids(rows, length))
@@ -2249,9 +2251,10 @@ def _compile_gated(sm, dtype, backward, act, k):
 def test_gated_kernel_compiles_for_every_gpu():
     """sm_75 (T4) to sm_120, half precisions, both directions, without spilled registers."""
     limits = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory
-    variants = (False, True, 64), (True, False, 32), (True, True, 32), (True, True, FUSED_RANK)
-    for sm, dtype, variant in itertools.product(limits, ("fp16", "bf16"), variants):
-        if (sm, dtype) != (75, "bf16"):  # which has no bf16 products
+    variants = (False, True, 64), (True, True, FUSED_RANK), (True, True, 32), (True, False, 32)
+    for sm, dtype in itertools.product(limits, ("fp16", "bf16")):
+        few = 4 if sm in (75, 90) else 2  # the smaller ranks need less
+        for variant in variants[:few] if (sm, dtype) != (75, "bf16") else ():  # it has no bf16
             made = _compile_gated(sm, dtype, *variant)
             used = _sass(made)[1]
             assert used["STACK"] == used["LOCAL"] == 0, (sm, dtype, variant, used)
@@ -2469,6 +2472,7 @@ def test_interrupted_and_resumed():
         return stock(self, *a, **k)
 
     trainer.training_step = interrupting
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & ignore it
     before, options.controls = signal.getsignal(signal.SIGINT), "none"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -2493,6 +2497,7 @@ def test_interrupted_and_resumed():
         else:
             raise AssertionError("training went on after Ctrl-C")
     trainer.training_step = stock
+    signal.signal(signal.SIGINT, usual)
 
 
 def test_a_graph_break_is_named():

@@ -2824,8 +2824,11 @@ def test_command_line():
     argv += ["--logging_steps", "1", "--save_steps", "2", "--base", "auto", "--merge", "true"]
     argv += ["--packing", "true", "--torch_compile_backend", "aot_eager", "--json", f"{out}.json"]
     nowhere = [*argv, "--model", "/nowhere/at/all"]
-    jobs = [functools.partial(_launch, *of, **_on_cpu()) for of in ((2, argv), (0, nowhere))]
-    done, failed = _beside(*jobs)
+    launches = (2, argv), (0, nowhere), (2, ["--bench", "--only", "nothing"])
+    jobs = [functools.partial(_launch, *launch, **_on_cpu()) for launch in launches]
+    done, failed, untimed = _beside(*jobs)
+    said = _one_line(untimed)  # by the first rank, the others have nothing to do
+    assert "found no GPU, need one" in said or "found nothing, need some of" in said, said
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("RESULT qlora_fsdp2 PASS"), lines[-3:]
@@ -3515,6 +3518,9 @@ def main(argv=None) -> int:
             return code
         if int(os.environ.get("RANK", "0")):  # torchrun without a model: one process tests, and
             return 0  # starts torchruns of its own
+        alone = _plain_environment()  # TrainingArguments would wait for the others
+        os.environ.clear()
+        os.environ.update(alone)
         return _test_and_time(*_parse(argv))
     except (Exception, CheckpointException, KeyboardInterrupt) as error:  # noqa: BLE001
         code, words = _explain(error)

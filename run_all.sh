@@ -39,19 +39,30 @@ if [[ $mode == plot ]] && ! "$python" -c "import matplotlib" 2>/dev/null; then
   fail "found no matplotlib, need it for --plot: $python -m pip install matplotlib" 77
 fi
 
-if [[ $mode == test ]]; then
-  exec "$python" -m pytest -q -rs --no-fold-skipped --no-header -p no:cacheprovider -W ignore \
-    --show-capture=no -p no:logging "${names[@]/%/.py}"  # its log capture has Dynamo write every guard
-fi
-
-mkdir -p results || fail "cannot make results/, need a directory that can be written" 2
 read -r gpus gib < <("$python" -c 'import torch.cuda as c
 n = c.device_count()
 print(n, min([c.get_device_properties(i).total_memory >> 30 for i in range(n)], default=1000))')
 cores=$(getconf _NPROCESSORS_ONLN)
+spread() {  # $1 processes of pytest-xdist, if that is there, on $2 cores
+  "$python" -c "import xdist" 2>/dev/null || set -- 1 "$2"
+  export PYTEST_ADDOPTS="$addopts" OMP_NUM_THREADS=$(($2 / $1 > 4 ? 4 : $2 / $1))
+  (($1 < 2)) || PYTEST_ADDOPTS+=" -n $1 --dist worksteal"
+}
+addopts=${PYTEST_ADDOPTS:-}
+
+if [[ $mode == test ]]; then
+  spread $((gpus ? 1 : cores < 8 ? cores : 8)) "$cores"  # as below
+  trap : INT
+  "$python" -m pytest -q -rs --no-fold-skipped --no-header -p no:cacheprovider -W ignore \
+    --show-capture=no -p no:logging "${names[@]/%/.py}"  # its log capture has Dynamo write every guard
+  code=$?
+  exit $((code == 2 ? 130 : code))  # pytest's 2: Ctrl-C
+fi
+
+mkdir -p results || fail "cannot make results/, need a directory that can be written" 2
 side=$((cores / 4 < gib / 20 ? cores / 4 : gib / 20))  # self-tests; timings have the machine alone
 side=$((side < 1 ? 1 : side < ${#names[@]} ? side : ${#names[@]}))
-threads=$((side > 1 && cores / side > 4 ? 4 : cores / side))  # else they wait for each other's
+share=$((cores / side))
 declare -A began=() pid_of=() state=() seconds=() words=()
 stopped=
 stop() {
@@ -94,7 +105,12 @@ for name in "${names[@]}"; do
   while ((${#pid_of[@]} >= side)); do collect; done
   [[ $stopped ]] && break
   began[$name]=$SECONDS
-  OMP_NUM_THREADS=$threads "$python" "$name.py" --test >"results/$name.test.log" 2>&1 &
+  many=$((share < 4 ? share : 4))
+  case $name in
+    nf4_triton | chunked_ce) ((gpus)) && many=1 ;;  # some tests take most of a GPU's memory
+    qlora_fsdp2) many=$((share < 4 ? 1 : share / 2)) ;;  # which starts ranks of its own
+  esac
+  (spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
   pid_of[$!]=$name
 done
 while ((${#pid_of[@]} > 0)); do collect; done
