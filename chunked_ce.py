@@ -2497,7 +2497,7 @@ def test_faults_end_in_one_line_and_a_code():
             (130, "interrupted", KeyboardInterrupt()),
             (1, "out of memory: CUDA: 1 GiB, need a larger GPU or fewer of --only", memory),
             (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
-            (77, "found no unknown, need requirements.txt", ImportError(name="unknown")),
+            (77, "found no unknown, need it installed", ImportError(name="unknown")),
             (2, f"{path}: found No space left on device, need room", full),
             (0, "", None),
         ):
@@ -2918,8 +2918,12 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, errors = [], []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    passed, failed, errors = [], [], []
+
+    def count(report):
+        if report.failed or report.when == "call" and report.passed:
+            (failed if report.failed else passed).append(report)
+
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["chunked_ce"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
@@ -2930,7 +2934,7 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
     code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED:
+    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
         raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
@@ -2972,7 +2976,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return 1, f"out of memory: {line[:120]}, need a larger GPU or fewer of --only"
     if isinstance(error, ImportError):
-        return 77, f"found no {error.name}, need requirements.txt installed"
+        return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if isinstance(error, (ValueError, TypeError, OSError)):
         return 2, line
     return 1, ""
@@ -3013,11 +3017,11 @@ def main(argv=None) -> int:
             _need(name in TIMINGS, "--only", name, f"of {', '.join(TIMINGS)}")
         _need_number("--seed", args.seed, 0, 2**63 - 1)
         _need(args.fuzz is None or args.fuzz > 0, "--fuzz", args.fuzz, "1 or more")
-        if args.plot:  # what is written last is looked at first
+        _check_paths(args.plot, args.json)  # what is written last is looked at first
+        if args.plot:
             import matplotlib  # noqa: F401
 
             names.append("sweep")
-        _check_paths(args.plot, args.json)
         torch.manual_seed(args.seed)
         if tests:
             code, checks = _self_test(args.fuzz, args.seed)

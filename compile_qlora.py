@@ -2401,8 +2401,16 @@ def test_comparison_has_its_controls():
     assert all(f"loss {stack} " in out.getvalue() for stack in stacks)
     with _other_shapes():
         assert Collate(0)([{"input_ids": [5] * 60, "labels": [5] * 60}])["labels"].shape == (1, 64)
+
+
+def test_losses_are_drawn():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise unittest.SkipTest("matplotlib is not installed") from None
     path = str(Path(_folder().name) / "losses.png")
-    plot(results, path)
+    curves = {stack: {"losses": [2.0, 1.0]} for stack in COMPARED}
+    plot(curves | {"controls": {"all": [2.0, 1.1]}}, path)
     assert Path(path).read_bytes()[1:4] == b"PNG" and not Path(f"{path}.part").exists()
 
 
@@ -2586,7 +2594,7 @@ def test_wrong_flags_are_one_line():
         (torch.OutOfMemoryError("2 GiB"), 1, "out of memory: 2 GiB, need less"),
         (dynamo.RecompileError("r"), 1, "compiled again after the warm-up: r"),
         (dynamo.Unsupported("u"), 1, "a region has a graph break: u"),
-        (ModuleNotFoundError("", name="peft"), 77, "found no peft, need requirements.txt"),
+        (ModuleNotFoundError("", name="peft"), 77, "found no peft, need it installed"),
         (AssertionError("a"), 1, "a check failed: a"),
         (OSError("o\no"), 2, "o o"),
         (RuntimeError("other"), 1, ""),
@@ -3446,7 +3454,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, dynamo.TorchDynamoException):
         return 1, f"a region has a graph break: {line}"
     if isinstance(error, ImportError):
-        return 77, f"found no {error.name}, need requirements.txt installed"
+        return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if type(error).__name__ == "SafetensorError":
         return 2, f"a file of safetensors cannot be read or written: {line}"
     if isinstance(error, (ValueError, TypeError, OSError)):
@@ -3539,12 +3547,12 @@ def _plan(options, gpu) -> tuple[bool, list[str], bool]:
     _need(set(names) <= {*TIMINGS}, "--only", options.only, f"some of {', '.join(TIMINGS)}")
     _need(times or not options.only, "--only", "no timings to choose from", "--bench")
     _need(gpu or not options.only, "--only", "no GPU", "one: a CPU has one timing")
-    if options.plot:  # what is written last is looked at first
+    _need(times or trains or not options.plot, "--plot", "no losses", "timings or --model")
+    _check_paths(options.plot, options.json)  # what is written last is looked at first
+    if options.plot:
         import matplotlib  # noqa: F401
 
-        _need(times or trains, "--plot", "no losses to draw", "timings or --model")
         names.append("challenge")
-    _check_paths(options.plot, options.json)
     return tests, names if times else [], trains
 
 

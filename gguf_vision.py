@@ -73,7 +73,8 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
-    print(f"gguf_vision: found no {missing.name}, need requirements.txt installed", file=sys.stderr)
+    found = f"found no {missing.name}, need it installed, see requirements.txt"
+    print(f"gguf_vision: {found}", file=sys.stderr)
     print("RESULT gguf_vision FAIL checks=0")
     sys.exit(77)
 
@@ -4186,7 +4187,7 @@ def test_errors_have_codes_and_one_line():
             1,
             "out of memory: DefaultCPUAllocator: can't",
         ),
-        (ModuleNotFoundError("x", name="peft"), 77, "found no peft, need requirements.txt"),
+        (ModuleNotFoundError("x", name="peft"), 77, "found no peft, need it installed"),
         (ValueError("a: found b, need c"), 2, "a: found b, need c"),
         (RuntimeError("unforeseen"), 1, ""),
     ):
@@ -4535,8 +4536,12 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, errors = [], []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    passed, failed, errors = [], [], []
+
+    def count(report):
+        if report.failed or report.when == "call" and report.passed:
+            (failed if report.failed else passed).append(report)
+
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["gguf_vision"] = sys.modules[__name__]  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
@@ -4547,7 +4552,7 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
     code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED:
+    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
         raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
@@ -4590,7 +4595,7 @@ def _explain(error) -> tuple[int, str]:
     if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return 1, f"out of memory: {line[:120]}, need more of it or a smaller model or batch"
     if isinstance(error, ModuleNotFoundError):
-        return 77, f"found no {error.name}, need requirements.txt installed"
+        return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if isinstance(error, ImportError):
         return 77, line
     if isinstance(error, (ValueError, TypeError, OSError)):
@@ -4653,9 +4658,9 @@ def main(argv=None) -> int:
         words = (f"{k} {v}" for k, v in versions.items())
         print("gguf_vision", device, *words, sep=" | ", flush=True)
         torch.manual_seed(args.seed)
-        if args.plot:  # what is written last is looked at first
+        _check_paths(args.plot, args.json)  # what is written last is looked at first
+        if args.plot:
             import matplotlib  # noqa: F401
-        _check_paths(args.plot, args.json)
         names = args.only.split(",") if args.only else USUAL
         for name in names:
             _need(name in ("proof", *SIZES), "--only", name, f"of {', '.join(['proof', *SIZES])}")

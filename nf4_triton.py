@@ -1419,8 +1419,12 @@ def _self_test(fuzz=None, seed=0, module=sys.modules[__name__]) -> tuple[int, in
     """(exit code, tests passed) of a script; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, errors = [], []
-    count = lambda report: passed.append(1) if report.when == "call" and report.passed else None
+    passed, failed, errors = [], [], []
+
+    def count(report):
+        if report.failed or report.when == "call" and report.passed:
+            (failed if report.failed else passed).append(report)
+
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules[Path(module.__file__).stem] = module  # or pytest would import a second one
     quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
@@ -1431,7 +1435,7 @@ def _self_test(fuzz=None, seed=0, module=sys.modules[__name__]) -> tuple[int, in
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
     code = pytest.main([*quiet, module.__file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED:
+    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
         raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
@@ -1473,7 +1477,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return 1, f"out of memory: {line[:120]}, need a GPU with more free memory"
     if isinstance(error, ImportError):
-        return 77, f"found no {error.name}, need requirements.txt installed"
+        return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if isinstance(error, (ValueError, TypeError, OSError)):
         return 2, line
     return 1, ""
@@ -1520,9 +1524,9 @@ def main(argv=None) -> int:
         _need(gpu or not args.only, "--only", "no GPU", "one: a CPU has one timing")
         for name in names:
             _need(name in TIMINGS, "--only", name, f"some of {', '.join(TIMINGS)}")
-        if args.plot:  # what is written last is looked at first
+        _check_paths(args.plot, args.json)  # what is written last is looked at first
+        if args.plot:
             import matplotlib  # noqa: F401
-        _check_paths(args.plot, args.json)
         if args.target:
             print_target(int(args.target[3:]), results)
         if args.storage is not None:

@@ -3484,9 +3484,9 @@ def _plan(options) -> tuple[bool, list[str]]:
 
 def _test_and_time(options, args) -> int:
     tests, names = _plan(options)
+    _check_paths(options.plot, options.json)  # what is written last is looked at first
     if options.plot:
         import matplotlib  # noqa: F401
-    _check_paths(options.plot, options.json)
     versions = _header(_device_words(_gpus() or 1), args.seed)
     code, checks, head, results = 0, 0, {}, {}
     if tests:
