@@ -2597,6 +2597,8 @@ def test_wrong_flags_are_one_line():
         (ModuleNotFoundError("", name="peft"), 77, "found no peft, need it installed"),
         (AssertionError("a"), 1, "a check failed: a"),
         (OSError("o\no"), 2, "o o"),
+        (RuntimeError("unexpected pos 12 vs 6"), 2, "torch.save could not write: found unexp"),
+        (RuntimeError("PytorchStreamReader failed"), 2, "torch.load cannot read: found Pytorch"),
         (RuntimeError("other"), 1, ""),
     ):
         found = _explain(error)
@@ -2631,6 +2633,7 @@ def test_half_a_checkpoint_is_passed_over():
         raise AssertionError("half a checkpoint was taken")
     for step in (5, 10):
         (Path(args.output_dir) / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (Path(args.output_dir) / "checkpoint-20" / "trainer_state.json").write_text('{"epoch": 1,')
     assert _whole_checkpoint(args).endswith("checkpoint-10")
 
 
@@ -3457,6 +3460,10 @@ def _explain(error) -> tuple[int, str]:
         return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if type(error).__name__ == "SafetensorError":
         return 2, f"a file of safetensors cannot be read or written: {line}"
+    if isinstance(error, RuntimeError) and re.search(r"unexpected pos|PytorchStreamWriter", line):
+        return 2, f"torch.save could not write: found {line[:80]}, need room at --output_dir"
+    if isinstance(error, RuntimeError) and "PytorchStreamReader" in line:
+        return 2, f"torch.load cannot read: found {line[:80]}, need a whole checkpoint"
     if isinstance(error, (ValueError, TypeError, OSError)):
         return 2, line
     return 1, ""
@@ -3489,6 +3496,14 @@ def _stacks(options, usual, *more):
     return stacks
 
 
+def _is_whole(file):
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _whole_checkpoint(args):
     """The checkpoint to go on from; trainer_state.json is what Trainer writes last into one."""
     resume = args.resume_from_checkpoint
@@ -3498,9 +3513,9 @@ def _whole_checkpoint(args):
     if resume in ("true", "True", "1"):
         folders = Path(args.output_dir).glob("checkpoint-*[0-9]")
         found = sorted(map(str, folders), key=lambda name: int(name.rsplit("-", 1)[-1]))
-    whole = [name for name in found if (Path(name) / "trainer_state.json").is_file()]
+    whole = [name for name in found if _is_whole(Path(name) / "trainer_state.json")]
     words = f"{', '.join(found) or 'no checkpoint'} in {args.output_dir}"
-    _need(whole, "resume_from_checkpoint", words, "one with trainer_state.json, its last file")
+    _need(whole, "resume_from_checkpoint", words, "one with a whole trainer_state.json, its last")
     return whole[-1]
 
 
