@@ -1748,8 +1748,8 @@ def _plain_environment():
     away = "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "TORCH_NCCL_"
     env = {k: v for k, v in env.items() if not k.startswith(away)}
     plain = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    cores = 2 if _gpus() else os.cpu_count() or 1  # torchrun's choice of one thread where there are
-    plain["OMP_NUM_THREADS"] = str(max(1, cores // 2))
+    few = _gpus() or (os.cpu_count() or 1) < 4  # torchrun's own choice, which beside GPUs is right
+    plain["OMP_NUM_THREADS"] = "1" if few else str(os.cpu_count() // 2)
     return env | plain
 
 

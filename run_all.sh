@@ -51,7 +51,7 @@ spread() {  # $1 processes of pytest-xdist, if that is there, on $2 cores
 addopts=${PYTEST_ADDOPTS:-}
 
 if [[ $mode == test ]]; then
-  spread $((gpus ? 1 : cores < 8 ? cores : 8)) "$cores"  # as below
+  spread $((gpus ? 1 : cores < 8 ? cores : 8)) "$cores"  # its tests may need most of a GPU
   trap : INT
   "$python" -m pytest -q -rs --no-fold-skipped --no-header -p no:cacheprovider -W ignore \
     --show-capture=no -p no:logging "${names[@]/%/.py}"  # its log capture has Dynamo write every guard
@@ -107,7 +107,7 @@ for name in "${names[@]}"; do
   began[$name]=$SECONDS
   many=$((share < 4 ? share : 4))
   case $name in
-    nf4_triton | chunked_ce) ((gpus)) && many=1 ;;  # some tests take most of a GPU's memory
+    nf4_triton | chunked_ce) ((gpus)) && many=1 ;;  # likewise
     qlora_fsdp2) many=$((share < 4 ? 1 : share / 2)) ;;  # which starts ranks of its own
   esac
   (spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
