@@ -2660,7 +2660,8 @@ def test_timings_by_name():
     gpu = types.SimpleNamespace(total_memory=80 * GIB)
     fakes = {"_spawn": spawn, "write_checkpoint": lambda path, *_, **__: path}
     fakes |= {"_challenge": lambda path, options: {"path": path}}
-    cuda = {"get_device_properties": lambda *_: gpu, "device_count": lambda: 1, "empty_cache": int}
+    cuda = {"get_device_properties": lambda *_: gpu, "get_device_capability": lambda *_: (9, 0)}
+    cuda |= {"is_available": lambda: True, "device_count": lambda: 1, "empty_cache": int}
     for stacks, names, count in (
         (None, ["1b"], 4),
         ("ours,ours_compiled,hf", ["8b", "challenge"], 8),

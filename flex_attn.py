@@ -2735,43 +2735,53 @@ def test_auto_before_ampere_is_sdpa_and_says_so_once():
     _say.cache_clear()
 
 
-def test_inside_a_compiled_caller():
+def _inside_a_compiled_caller(kind, softcap, name):
     """fullgraph and dynamic: no break, few graphs, prepared masks not built again."""
     device = _device()
     backend = "inductor" if device == "cuda" else "aot_eager"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def layer(x, mask, softcap, name):
+    def layer(x, mask):
         q, k, v = (x.unflatten(-1, (3, 4, 16)).unbind(2)[i].transpose(1, 2) for i in range(3))
         out = attention(q, k, v, mask=mask, softcap=softcap, backend=name)
         return out.transpose(1, 2).flatten(2)
 
-    kinds = ("causal", None), ("documents", None), ("window", 3.0), ("padding left", None)
-    names = ["auto"]
-    if device == "cuda":  # (on a CPU flex is not for compiled callers)
-        like = torch.empty(2, 4, 140, 16, device=device, dtype=dtype)
-        names += [n for n in ("triton", "flex") if supports(n, like, like, like, Mask()) is None]
-    for (kind, softcap), name in itertools.product(kinds, names):
-        torch._dynamo.reset()
-        before = _count_graphs()
-        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
-        for turn, size in enumerate((140, 300, 512)):
-            x = torch.randn(2, size, 192, device=device, dtype=dtype, requires_grad=True)
-            mask = _some_mask(kind, 2, size, size, device, turn)
-            if turn % 2:
-                like = torch.empty(2, 4, size, 16, device=device, dtype=dtype)
-                mask = mask.prepare(like, like)
-            got = compiled(x, mask, softcap, name)
-            got.float().square().sum().backward()
-            x2 = x.detach().requires_grad_()
-            want = layer(x2, mask, softcap, name)
-            want.float().square().sum().backward()
-            close = (
-                {"atol": 2e-2, "rtol": 2e-2} if device == "cuda" else {"atol": 1e-4, "rtol": 1e-4}
-            )
-            assert_close(got, want, **close)
-            assert_close(x.grad, x2.grad, **close)
-        assert _count_graphs() - before <= 8 and not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    before = _count_graphs()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for turn, size in enumerate((140, 300, 512)):
+        x = torch.randn(2, size, 192, device=device, dtype=dtype, requires_grad=True)
+        mask = _some_mask(kind, 2, size, size, device, turn)
+        if turn % 2:
+            like = torch.empty(2, 4, size, 16, device=device, dtype=dtype)
+            mask = mask.prepare(like, like)
+        got = compiled(x, mask)
+        got.float().square().sum().backward()
+        x2 = x.detach().requires_grad_()
+        want = layer(x2, mask)
+        want.float().square().sum().backward()
+        close = {"atol": 2e-2, "rtol": 2e-2} if device == "cuda" else {"atol": 1e-4, "rtol": 1e-4}
+        assert_close(got, want, **close)
+        assert_close(x.grad, x2.grad, **close)
+    assert _count_graphs() - before <= 8 and not torch._dynamo.utils.counters["graph_break"]
+
+
+CALLED = ("causal", None), ("documents", None), ("window", 3.0), ("padding left", None)
+
+
+def test_inside_a_compiled_caller():
+    for kind, softcap in CALLED:
+        _inside_a_compiled_caller(kind, softcap, "auto")
+
+
+def test_gpu_kernels_inside_a_compiled_caller():
+    """What auto does not take for them (and on a CPU flex is not for compiled callers)."""
+    _needs_gpu()
+    like = torch.empty(2, 4, 140, 16, device="cuda", dtype=torch.bfloat16)
+    if supports("triton", like, like, like, Mask()) is None:
+        _inside_a_compiled_caller("causal", None, "triton")
+    for kind, softcap in CALLED:
+        _inside_a_compiled_caller(kind, softcap, "flex")
 
 
 def test_autocast_casts_as_for_sdpa():
@@ -3048,42 +3058,50 @@ def test_blocks_compiled_one_by_one():
     assert made <= 6 and not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_whole_models_compiled():
+def _whole_model_compiled(name, dtype):
     """fullgraph and dynamic: two graphs for all lengths, one of them for packed batches."""
     register()
     device = _device()
     backend = "inductor" if device == "cuda" else "aot_eager"
-    exact, low = torch.float32, torch.bfloat16  # on Hopper these are flex and triton
-    names = ("llama", exact), ("gemma2", exact), ("gemma2", low)
-    for name, dtype in names[: 3 if device == "cuda" else 2]:
-        torch._dynamo.reset()
-        layers = 2 if name == "gemma2" else 1  # (that has two kinds)
-        model, plain = (_model(name, "flex_attn", dtype, device, layers) for _ in range(2))
-        atol, most = (5e-3, 1e-2) if dtype == exact else (5e-2, 5e-2)
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-        made = 0
-        for size in (150, 257):
-            ids = _text_ids(2, size, device)
-            position = _restarting((60, size - 60), 2, device)
-            for more in ({}, {"position_ids": position}):
-                grads = []
-                for run, owner in ((compiled, model), (plain, plain)):
-                    owner.zero_grad()
-                    before = _count_graphs()
-                    logits = run(ids, use_cache=False, **more).logits
-                    logits.float().logsumexp(-1).mean().backward()
-                    grads.append((logits, owner.model.layers[0].self_attn.q_proj.weight.grad))
-                    made += _count_graphs() - before if owner is model else 0
-                assert_close(grads[0][0], grads[1][0], atol=atol, rtol=atol)
-                error = _error(grads[0][1], grads[1][1])
-                assert error < most, (name, dtype, size, error)
-        tables = 2 if device == "cuda" else 0  # of documents, and with softcap of none
-        assert made <= 2 + tables, f"{name}: {made} graphs"
+    torch._dynamo.reset()
+    layers = 2 if name == "gemma2" else 1  # (that has two kinds)
+    model, plain = (_model(name, "flex_attn", dtype, device, layers) for _ in range(2))
+    atol, most = (5e-3, 1e-2) if dtype == torch.float32 else (5e-2, 5e-2)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    made = 0
+    for size in (150, 257):
+        ids = _text_ids(2, size, device)
+        position = _restarting((60, size - 60), 2, device)
+        for more in ({}, {"position_ids": position}):
+            grads = []
+            for run, owner in ((compiled, model), (plain, plain)):
+                owner.zero_grad()
+                before = _count_graphs()
+                logits = run(ids, use_cache=False, **more).logits
+                logits.float().logsumexp(-1).mean().backward()
+                grads.append((logits, owner.model.layers[0].self_attn.q_proj.weight.grad))
+                made += _count_graphs() - before if owner is model else 0
+            assert_close(grads[0][0], grads[1][0], atol=atol, rtol=atol)
+            error = _error(grads[0][1], grads[1][1])
+            assert error < most, (name, dtype, size, error)
+    tables = 2 if device == "cuda" else 0  # of documents, and with softcap of none
+    assert made <= 2 + tables, f"{name}: {made} graphs"
 
 
-def test_gpu_every_backend_equals_float64():
+def test_whole_models_compiled():
+    for name in ("llama", "gemma2"):
+        _whole_model_compiled(name, torch.float32)
+
+
+def test_gpu_whole_model_compiled_in_low_precision():
+    """Through this file's Triton kernels on Hopper; in float32 it is FlexAttention."""
     _needs_gpu()
-    ran = {name: 0 for name in BACKENDS}
+    _whole_model_compiled("gemma2", torch.bfloat16)
+
+
+def _equals_float64(backends):
+    """Over every kind of mask, with and without softcap: how often each backend ran."""
+    ran = {name: 0 for name in backends}
     shapes = itertools.cycle(((333, 333), (256, 256), (1, 200), (77, 300), (200, 200)))
     half, brain = torch.float16, torch.bfloat16
     turns = (64, half, True), (128, brain, True), (80, half, False), (256, brain, True)
@@ -3093,12 +3111,23 @@ def test_gpu_every_backend_equals_float64():
         inputs = _qkv(2, 4, 2, q_len, k_len, dim, dtype, "cuda", True, inside)
         mask = _some_mask(kind, 2, q_len, k_len, "cuda", seed=7)
         capped = (None, 2.0) if turn % 3 == 0 else (None,)
-        for backend, softcap in itertools.product(("auto", *BACKENDS), capped):
+        for backend, softcap in itertools.product(backends, capped):
             if backend != "auto" and supports(backend, *inputs, mask, softcap):
                 continue
             _compare(backend, inputs, mask, softcap=softcap)
-            ran[backend] = ran.get(backend, 0) + 1
+            ran[backend] += 1
     print(ran)
+    return ran
+
+
+def test_gpu_flex_equals_float64_at_every_head_size():
+    _needs_gpu()
+    assert _equals_float64(["flex"])["flex"]
+
+
+def test_gpu_every_other_backend_equals_float64():
+    _needs_gpu()
+    ran = _equals_float64(["auto", *(name for name in BACKENDS if name != "flex")])
     found = {"varlen": _varlen()[0], "flash_attn": _flash()[0], "xformers": _xformers()[0]}
     idle = [name for name, n in ran.items() if not n and found.get(name, True)]
     assert not idle, f"never ran: {idle}"

@@ -105,10 +105,10 @@ for name in "${names[@]}"; do
   while ((${#pid_of[@]} >= side)); do collect; done
   [[ $stopped ]] && break
   began[$name]=$SECONDS
-  many=$((share < 4 ? share : 4))
+  many=$((share < 6 ? share : 6))
   case $name in
     nf4_triton | chunked_ce) ((gpus)) && many=1 ;;  # likewise
-    qlora_fsdp2) many=$((share < 4 ? 1 : share / 2)) ;;  # which starts ranks of its own
+    qlora_fsdp2) many=$((share < 4 ? 1 : (share + 1) / 2)) ;;  # which starts ranks of its own
   esac
   (spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
   pid_of[$!]=$name
