@@ -2657,6 +2657,11 @@ def test_timings_by_name():
             }
         )
 
+    find = importlib.util.find_spec  # others may be looked for as well: transformers asks for torch
+
+    def no_unsloth(name, *package):
+        return None if name == "unsloth" else find(name, *package)
+
     gpu = types.SimpleNamespace(total_memory=80 * GIB)
     fakes = {"_spawn": spawn, "write_checkpoint": lambda path, *_, **__: path}
     fakes |= {"_challenge": lambda path, options: {"path": path}}
@@ -2669,7 +2674,7 @@ def test_timings_by_name():
         started.clear()
         results, options = {}, Options(stacks=stacks)
         quiet = contextlib.redirect_stdout(io.StringIO())
-        absent = mock.patch.object(importlib.util, "find_spec", lambda name: None)
+        absent = mock.patch.object(importlib.util, "find_spec", no_unsloth)
         with (
             mock.patch.dict(globals(), fakes),
             mock.patch.multiple(torch.cuda, **cuda),
