@@ -855,6 +855,8 @@ class Compiled:
             from torch._inductor.compile_fx import compile_fx
             from torch._inductor.virtualized import V
 
+            if _tf32_is_torn():  # TrainingArguments(tf32=True), in somebody's own script
+                _set_tf32(torch.backends.cuda.matmul.fp32_precision == "tf32")
             with V.set_choices_handler(_choices()):
                 return compile_fx(graph, inputs, config_patches=self.options)
 
@@ -1719,10 +1721,31 @@ def _checkpoint_blocks(model, on):
     method({"use_reentrant": False}) if on else method()
 
 
+def _tf32_is_torn():
+    """transformers sets TF32 by torch.backends.fp32_precision alone; torch 2.11 to 2.13 then raise in
+    Inductor's autotuning, which asks for the older setting (pytorch/pytorch#166387)."""
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _set_tf32(on):
+    torch.set_float32_matmul_precision("high" if on else "highest")  # of both settings
+
+
+def _settle_tf32(args):
+    """As args.tf32 asks: by itself torch_compile makes TrainingArguments turn TF32 on."""
+    if args.tf32 is not None or _tf32_is_torn():
+        _set_tf32(args.tf32)
+
+
 def _plain_arguments(args, stack, save):
     """A copy of TrainingArguments for one stack. transformers' own torch_compile is taken over:
     Trainer would compile the whole model around our regions."""
     args = copy.copy(args)
+    _settle_tf32(args)
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
@@ -2687,6 +2710,37 @@ def test_timings_by_name():
         assert len(results["speed"]) == 2 * (3 if stacks else 2) and len(results) == len(names)
 
 
+def test_tf32_is_as_asked():
+    """TrainingArguments(torch_compile=True) turns TF32 on on a GPU, by the newer setting alone."""
+    args = _arguments()
+    more = {"backend": "inductor", "max_autotune": True, "target_modules": ["q_proj"]}
+    get = torch.get_float32_matmul_precision
+
+    def start(newer):
+        torch.set_float32_matmul_precision("highest")
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            backend.fp32_precision = "none"
+        torch.backends.fp32_precision = newer
+
+    try:
+        for asked, want in ((None, "highest"), (True, "high"), (False, "highest")):
+            start("tf32")
+            assert _tf32_is_torn()
+            args.tf32 = asked
+            _plain_arguments(args, "ours", False)
+            assert get() == want, asked
+        args.tf32 = None
+        torch.set_float32_matmul_precision("high")  # somebody's own choice
+        _plain_arguments(args, "ours", False)
+        assert get() == "high"
+        start("tf32")  # and somebody's own Trainer(tf32=True)
+        with torch._inductor.config.patch({"test_configs.max_mm_configs": 3}):
+            loss_, _ = _step(_model("ours_compiled", **more), _ids(2, 64))
+        assert math.isfinite(loss_) and get() == "high"
+    finally:
+        start("none")
+
+
 def test_command_line_trains():
     """A run as users type it: a data file, messages for a template, adapter and log written."""
     folder = Path(tempfile.mkdtemp(dir=_folder().name))
@@ -3491,6 +3545,7 @@ def _parse(argv, kind=Options, doc=__doc__, output_dir="results/compile_qlora", 
     parser.set_defaults(output_dir=output_dir, report_to="none", **defaults)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     _need(not rest, "options", " ".join(rest), "what --help shows")
+    _settle_tf32(parsed[1])
     return parsed
 
 
