@@ -2689,7 +2689,7 @@ def test_timings_by_name():
     fakes = {"_spawn": spawn, "write_checkpoint": lambda path, *_, **__: path}
     fakes |= {"_challenge": lambda path, options: {"path": path}}
     cuda = {"get_device_properties": lambda *_: gpu, "get_device_capability": lambda *_: (9, 0)}
-    cuda |= {"is_available": lambda: True, "device_count": lambda: 1, "empty_cache": int}
+    cuda |= {"device_count": lambda: 1, "empty_cache": int}
     for stacks, names, count in (
         (None, ["1b"], 4),
         ("ours,ours_compiled,hf", ["8b", "challenge"], 8),

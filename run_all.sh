@@ -42,6 +42,7 @@ fi
 read -r gpus gib < <("$python" -c 'import torch.cuda as c
 n = c.device_count()
 print(n, min([c.get_device_properties(i).total_memory >> 30 for i in range(n)], default=1000))')
+IFS=, read -ra ids <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 cores=$(getconf _NPROCESSORS_ONLN)
 spread() {  # $1 processes of pytest-xdist, if that is there, on $2 cores
   "$python" -c "import xdist" 2>/dev/null || set -- 1 "$2"
@@ -106,11 +107,16 @@ for name in "${names[@]}"; do
   [[ $stopped ]] && break
   began[$name]=$SECONDS
   many=$((share < 6 ? share : 6))
+  order=("${ids[@]}")
   case $name in
-    nf4_triton | chunked_ce) ((gpus)) && many=1 ;;  # likewise
-    qlora_fsdp2) many=$((share < 4 ? 1 : (share + 1) / 2)) ;;  # which starts ranks of its own
+    nf4_triton | chunked_ce)  # may need most of a GPU: the second one's, or a test at a time
+      many=$((gpus > 1 && share > 1 ? 2 : gpus ? 1 : many))
+      ((gpus > 1)) && order=("${ids[1]}" "${ids[0]}" "${ids[@]:2}") ;;
+    qlora_fsdp2) many=$((share < 4 ? 1 : share - 1)) ;;  # which starts ranks of its own
   esac
-  (spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
+  devices=$(IFS=, && echo "${order[*]}")
+  (((gpus < 2)) || export CUDA_VISIBLE_DEVICES="$devices"
+    spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
   pid_of[$!]=$name
 done
 while ((${#pid_of[@]} > 0)); do collect; done
