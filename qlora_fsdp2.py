@@ -997,8 +997,7 @@ def wait_for_scale(scaler):
     stock = scaler._unscale_grads_
 
     def unscale(optimizer, inv_scale, found_inf, *rest):
-        grads = (p.grad for group in optimizer.param_groups for p in group["params"])
-        if any(grad.device.type == "cpu" for grad in grads if grad is not None):
+        if optimizer.param_groups[0]["params"][0].device.type == "cpu":  # then all are
             inv_scale, found_inf = inv_scale.cpu(), found_inf.cpu()
         return stock(optimizer, inv_scale, found_inf, *rest)
 
