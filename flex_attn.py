@@ -504,7 +504,10 @@ def _compiled_build(*variant):
 
 
 def _padded_size(size):
-    return max(-(-size // BLOCK), 2) * BLOCK
+    """In whole blocks, two at least. Without max: a hit in torch.compile's caches evaluates the guards
+    kept there as Python, whose max takes a side, and a length on the other side is a graph more."""
+    blocks = (size + BLOCK - 1) // BLOCK
+    return (blocks + 2 // (blocks + 1)) * BLOCK
 
 
 @torch.library.custom_op("flex_attn::blocks", mutates_args=())
@@ -2195,6 +2198,26 @@ def test_a_long_process_stays_below_the_recompile_limit():
         made, limit = _count_graphs(), torch._dynamo.config.recompile_limit
     _fresh()
     assert made == variants > limit, f"{made} graphs of {variants} variants, limit {limit}"
+
+
+def test_a_warm_cache_makes_no_more_graphs():
+    """Lengths padded inside a compiled caller: one graph for all, compiled or from the cache."""
+
+    def longer(x):
+        n = _padded_size(len(x)) - len(x)
+        return (F.pad(x, (0, n)) if n else x).view(-1, BLOCK).sum(1)
+
+    made, sizes = [], (100, 300, 40, 700)
+    with torch._inductor.utils.fresh_cache():
+        for _ in range(2):
+            torch._dynamo.reset()
+            before, run = _count_graphs(), torch.compile(longer, dynamic=True, fullgraph=True)
+            for size in sizes:
+                x = torch.ones(size, device=_device())
+                assert_close(run(x).sum(), x.sum())
+            made.append(_count_graphs() - before)
+    assert made == [1, 1], made
+    assert [_padded_size(n) // BLOCK for n in (0, 1, 128, 129, 256, 257)] == [2, 2, 2, 2, 2, 3]
 
 
 CAP = 5.0  # of scores; the tests of FlexAttention share their graphs, which take seconds each
