@@ -2891,6 +2891,34 @@ def test_flags_that_do_not_fit_are_refused():
         assert words in _refused(check)
 
 
+def test_timings_by_name():
+    """Which processes --bench starts on one GPU and on two, and its figures of them."""
+
+    def run(spec, **env):
+        started.append(spec["name"])
+        each = 1.0 if "kind" in spec else 1.5
+        return {"name": spec["name"], "tokens_per_s": each * spec["ranks"]}
+
+    hf, usual = PEERS["hf_ddp"], ["8B, GPU 0 by itself", "8B, GPU 1 by itself", "8B, 2 GPUs"]
+    for count, names, want, figures in (
+        (1, DEFAULT, [*usual[:1], hf], {"8b_vs_hf_ddp": 1.5}),
+        (1, ("shard", "hf_fsdp2", "peers"), [], {}),
+        (2, DEFAULT, [*usual, hf], {"scaling": 2.0, "8b_vs_hf_ddp": 1.5}),
+        (2, ("shard", "hf_fsdp2"), ["8B, 2 GPUs, shard", PEERS["hf_fsdp2"]], {}),
+    ):
+        started, results, said = [], {}, io.StringIO()
+        fakes = {"_gpus": lambda of=count: of, "_run_timed": run, "_say_apart": len}
+        fakes |= {"write_by_block": lambda *_: "", "_end": lambda *_: None}
+        others = mock.patch("torch.cuda.empty_cache"), mock.patch.object(compile_qlora, "_visible")
+        quiet = contextlib.redirect_stdout(said)
+        with mock.patch.dict(globals(), fakes), others[0], others[1], quiet:
+            head = bench_gpu(results, names)
+        assert (sorted(started), head) == (sorted(want), figures), (count, names, started, head)
+        assert [r["name"] for r in results["runs"]] == want
+        skipped = "shard, hf_fsdp2, peers: skipped, found 1 GPU, need 2 or more\n"
+        assert said.getvalue() == (skipped if count == 1 and "shard" in names else "")
+
+
 def test_gpu_half_precision_compiled():
     """fp16 with GradScaler, and bf16, through inductor: replicated, sharded, offloaded, and
     checkpointed, on all GPUs against one."""
@@ -3194,11 +3222,10 @@ def bench_gpu(results, names) -> dict:
         found.extend(made[id(s)] for s in specs)
         return [made[id(s)] for s in specs]
 
-    def ours():
-        return [r for r in found if r["name"] == f"8B, {count} GPUs" and "error" not in r]
-
+    own = f"8B, {count} GPUs" if count > 1 else "8B, GPU 0 by itself"
+    ours = lambda: [r for r in found if r["name"] == own and "error" not in r]
     _end(*_started)  # ranks that wait hold memory
-    several = [n for n in names if n in ("shard", "peers", "70b", *PEERS)]
+    several = [n for n in names if n in ("shard", "peers", "70b", *PEERS) and n != "hf_ddp"]
     if count < 2 and several:
         print(f"{', '.join(several)}: skipped, found 1 GPU, need 2 or more", flush=True)
     try:
@@ -3220,10 +3247,12 @@ def bench_gpu(results, names) -> dict:
             options = {"base": "shard", "reshard_after_forward": True}
             shard = timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3)
             _say_apart(ours() + go(shard))
-        wanted = [n for n in PEERS if "peers" in names or n in names]
-        if wanted and count > 1:
-            if not importlib.util.find_spec("unsloth"):
-                wanted = [n for n in wanted if n[:2] == "hf"]
+        wanted = [n for n in PEERS if n in names or "peers" in names and count > 1]
+        if not importlib.util.find_spec("unsloth"):
+            wanted = [n for n in wanted if n[:2] == "hf"]
+        if count < 2:
+            wanted = [n for n in wanted if n == "hf_ddp"]
+        if wanted:
             specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in wanted]
             rates = {n: r["tokens_per_s"] for n, r in zip(wanted, go(*specs)) if "error" not in r}
             if rates and ours():
