@@ -2909,9 +2909,9 @@ def test_timings_by_name():
         started, results, said = [], {}, io.StringIO()
         fakes = {"_gpus": lambda of=count: of, "_run_timed": run, "_say_apart": len}
         fakes |= {"write_by_block": lambda *_: "", "_end": lambda *_: None}
-        others = mock.patch("torch.cuda.empty_cache"), mock.patch.object(compile_qlora, "_visible")
+        devices = mock.patch.object(compile_qlora, "_visible")
         quiet = contextlib.redirect_stdout(said)
-        with mock.patch.dict(globals(), fakes), others[0], others[1], quiet:
+        with mock.patch.dict(globals(), fakes), devices, quiet:
             head = bench_gpu(results, names)
         assert (sorted(started), head) == (sorted(want), figures), (count, names, started, head)
         assert [r["name"] for r in results["runs"]] == want
@@ -3228,6 +3228,7 @@ def bench_gpu(results, names) -> dict:
     several = [n for n in names if n in ("shard", "peers", "70b", *PEERS) and n != "hf_ddp"]
     if count < 2 and several:
         print(f"{', '.join(several)}: skipped, found 1 GPU, need 2 or more", flush=True)
+        names = [n for n in names if n not in several]
     try:
         if "parity" in names:
             results["curves"] = _bench_parity(folder, count, go)
@@ -3243,15 +3244,13 @@ def bench_gpu(results, names) -> dict:
             *ones, last = (r.get("tokens_per_s", math.nan) for r in go(*specs))
             if ones:
                 head["scaling"] = last / statistics.mean(ones)
-        if "shard" in names and count > 1:
+        if "shard" in names:
             options = {"base": "shard", "reshard_after_forward": True}
             shard = timed(f"8B, {count} GPUs, shard", ranks=count, options=options, profile_at=3)
             _say_apart(ours() + go(shard))
-        wanted = [n for n in PEERS if n in names or "peers" in names and count > 1]
+        wanted = [n for n in PEERS if "peers" in names or n in names]
         if not importlib.util.find_spec("unsloth"):
             wanted = [n for n in wanted if n[:2] == "hf"]
-        if count < 2:
-            wanted = [n for n in wanted if n == "hf_ddp"]
         if wanted:
             specs = [{"kind": n, "name": PEERS[n], "path": path, "ranks": count} for n in wanted]
             rates = {n: r["tokens_per_s"] for n, r in zip(wanted, go(*specs)) if "error" not in r}
@@ -3267,7 +3266,7 @@ def bench_gpu(results, names) -> dict:
             other["options"]["attention"] = "sdpa"
             *two, one, other = go(*specs, one, other)
             _say_apart([one, *two, other])
-        if "70b" in names and count > 1:
+        if "70b" in names:
             _bench_70b(folder, count, go)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
