@@ -84,7 +84,7 @@ judge() {  # name, exit code, log: state and figures
   words[$1]="${words[$1]:-} $(grep -a "^RESULT $1 " "$3" | tail -1 | sed -E "s/^RESULT $1 [A-Z]+ ?//; s/^checks=0 ?//")"
 }
 
-echo "=== self-tests, $side at a time, on $cores cores and $gpus GPUs (results/NAME.test.log)"
+echo "=== self-tests, $side at a time, on $cores cores, GPUs: $gpus (results/NAME.test.log)"
 collect() {  # waits for one self-test
   local code
   wait -n -p pid "${!pid_of[@]}"
