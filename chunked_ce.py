@@ -2491,13 +2491,16 @@ def _main(*args, **changed):
 
 def test_faults_end_in_one_line_and_a_code():
     full, memory = OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA: 1 GiB")
+    alloc = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "made", "ce.json")
         for code, words, fault in (
             (130, "interrupted", KeyboardInterrupt()),
-            (1, "out of memory: CUDA: 1 GiB, need a larger GPU or fewer of --only", memory),
+            (1, "out of memory: CUDA: 1 GiB, need more free or fewer of --only", memory),
+            (1, f"out of memory: {alloc}, need", RuntimeError(alloc)),
             (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
-            (77, "found no unknown, need it installed", ImportError(name="unknown")),
+            (77, "found no unknown, need it installed", ModuleNotFoundError(name="unknown")),
+            (77, "cannot import name 'a'", ImportError("cannot import name 'a'")),
             (2, f"{path}: found No space left on device, need room", full),
             (0, "", None),
         ):
@@ -2524,6 +2527,23 @@ def test_faults_end_in_one_line_and_a_code():
     with unittest.mock.patch.multiple(torch.cuda, **old, get_device_name=lambda *_: "P100"):
         code, out, _ = _main("--bench", "--only", "lama")
     assert out[1] == "chunked_ce: found P100, need compute capability 7.5: everything on the CPU"
+
+
+def test_ctrl_c_ends_the_self_test():
+    """In 130, whatever pytest's plugins then raise; a failed test that -x stops ends in 1."""
+    import pytest
+
+    for kind, code in ((KeyboardInterrupt, 130), (pytest.Session.Interrupted, 1)):
+
+        def run(_, plugins, kind=kind):
+            plugins[0].pytest_runtest_logreport(types.SimpleNamespace(failed=True, when="call"))
+            plugins[0].pytest_keyboard_interrupt(types.SimpleNamespace(type=kind))
+            if kind is KeyboardInterrupt:
+                raise ImportError(name="half_imported")
+            return pytest.ExitCode.INTERRUPTED
+
+        with unittest.mock.patch.object(pytest, "main", run):
+            assert _main("--test")[0] == code, kind
 
 
 def test_low_precision_on_gpu():
@@ -2918,11 +2938,14 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, failed, errors = [], [], []
+    passed, failed, errors, stopped = [], [], [], []
 
     def count(report):
         if report.failed or report.when == "call" and report.passed:
             (failed if report.failed else passed).append(report)
+
+    def interrupt(excinfo):  # -x stops pytest-xdist by a KeyboardInterrupt of its own kind
+        stopped.append(excinfo.type is KeyboardInterrupt)
 
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["chunked_ce"] = sys.modules[__name__]  # or pytest would import a second one
@@ -2933,9 +2956,12 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
-        raise KeyboardInterrupt
+    hooks["pytest_keyboard_interrupt"] = interrupt
+    try:
+        code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    finally:
+        if any(stopped):  # whatever its plugins raise on their way out
+            raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
             raise error
@@ -2966,6 +2992,13 @@ def _write(path, save):
         part.unlink(missing_ok=True)
 
 
+def _no_memory(error) -> bool:
+    """Whether PyTorch, a library of CUDA's or Triton found no memory: each has words of its own."""
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and said is not None
+
+
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
@@ -2973,10 +3006,13 @@ def _explain(error) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return 1, f"out of memory: {line[:120]}, need a larger GPU or fewer of --only"
-    if isinstance(error, ImportError):
+    if _no_memory(error):
+        found = line[:120] or "in Python"
+        return 1, f"out of memory: {found}, need more free or fewer of --only"
+    if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"
+    if isinstance(error, ImportError):
+        return 77, line
     if isinstance(error, (ValueError, TypeError, OSError)):
         return 2, line
     return 1, ""

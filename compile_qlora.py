@@ -87,6 +87,7 @@ try:
     from nf4_triton import (
         _check_paths,
         _fuzz,
+        _no_memory,
         _sass,
         _self_test,
         _write,
@@ -2615,9 +2616,11 @@ def test_wrong_flags_are_one_line():
     for error, code, word in (
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("2 GiB"), 1, "out of memory: 2 GiB, need less"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, "out of memory: Triton Error"),
         (dynamo.RecompileError("r"), 1, "compiled again after the warm-up: r"),
         (dynamo.Unsupported("u"), 1, "a region has a graph break: u"),
         (ModuleNotFoundError("", name="peft"), 77, "found no peft, need it installed"),
+        (ImportError("cannot import name 'a'"), 77, "cannot import name 'a'"),
         (AssertionError("a"), 1, "a check failed: a"),
         (OSError("o\no"), 2, "o o"),
         (RuntimeError("unexpected pos 12 vs 6"), 2, "torch.save could not write: found unexp"),
@@ -3507,17 +3510,20 @@ def _explain(error) -> tuple[int, str]:
         return 130, "; ".join(filter(None, ("interrupted", line)))
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if _no_memory(error):
+        found = line[:120] or "in Python"
         less = "less: --per_device_train_batch_size, --max_length, --gradient_checkpointing true"
-        return 1, f"out of memory: {line[:120]}, need {less}"
+        return 1, f"out of memory: {found}, need {less}"
     if isinstance(error, dynamo.RecompileError):
         return 1, f"compiled again after the warm-up: {line}"
     if isinstance(error, dynamo.BackendCompilerFailed):
         return 1, f"a region could not be compiled: {line}"
     if isinstance(error, dynamo.TorchDynamoException):
         return 1, f"a region has a graph break: {line}"
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"
+    if isinstance(error, ImportError):
+        return 77, line
     if type(error).__name__ == "SafetensorError":
         return 2, f"a file of safetensors cannot be read or written: {line}"
     if isinstance(error, RuntimeError) and re.search(r"unexpected pos|PytorchStreamWriter", line):

@@ -4197,18 +4197,37 @@ def test_errors_have_codes_and_one_line():
     for error, code, words in (
         (KeyboardInterrupt(), 130, "interrupted"),
         (AssertionError("one\ntwo"), 1, "a check failed: one two"),
-        (torch.OutOfMemoryError("big"), 1, "out of memory: big, need more of it or a smaller"),
+        (torch.OutOfMemoryError("big"), 1, "out of memory: big, need more or a smaller"),
         (
             RuntimeError("DefaultCPUAllocator: can't"),
             1,
             "out of memory: DefaultCPUAllocator: can't",
         ),
+        (RuntimeError("CUDA error: out of memory"), 1, "out of memory: CUDA error: out of memory"),
         (ModuleNotFoundError("x", name="peft"), 77, "found no peft, need it installed"),
+        (ImportError("cannot import name 'a'"), 77, "cannot import name 'a'"),
         (ValueError("a: found b, need c"), 2, "a: found b, need c"),
         (RuntimeError("unforeseen"), 1, ""),
     ):
         found = _explain(error)
         assert found[0] == code and found[1].startswith(words) and bool(words) == bool(found[1])
+
+
+def test_ctrl_c_ends_the_self_test():
+    """In 130, whatever pytest's plugins then raise; a failed test that -x stops ends in 1."""
+    import pytest
+
+    for kind, code in ((KeyboardInterrupt, 130), (pytest.Session.Interrupted, 1)):
+
+        def run(_, plugins, kind=kind):
+            plugins[0].pytest_runtest_logreport(types.SimpleNamespace(failed=True, when="call"))
+            plugins[0].pytest_keyboard_interrupt(types.SimpleNamespace(type=kind))
+            if kind is KeyboardInterrupt:
+                raise ImportError(name="half_imported")
+            return pytest.ExitCode.INTERRUPTED
+
+        with unittest.mock.patch.object(pytest, "main", run):
+            assert _main("--test")[0] == code, kind
 
 
 def test_plots_are_drawn():
@@ -4552,11 +4571,14 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, failed, errors = [], [], []
+    passed, failed, errors, stopped = [], [], [], []
 
     def count(report):
         if report.failed or report.when == "call" and report.passed:
             (failed if report.failed else passed).append(report)
+
+    def interrupt(excinfo):  # -x stops pytest-xdist by a KeyboardInterrupt of its own kind
+        stopped.append(excinfo.type is KeyboardInterrupt)
 
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules["gguf_vision"] = sys.modules[__name__]  # or pytest would import a second one
@@ -4567,9 +4589,12 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
-        raise KeyboardInterrupt
+    hooks["pytest_keyboard_interrupt"] = interrupt
+    try:
+        code = pytest.main([*quiet, __file__], [types.SimpleNamespace(**hooks)])
+    finally:
+        if any(stopped):  # whatever its plugins raise on their way out
+            raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
             raise error
@@ -4600,6 +4625,13 @@ def _write(path, save):
         part.unlink(missing_ok=True)
 
 
+def _no_memory(error) -> bool:
+    """Whether PyTorch, a library of CUDA's or Triton found no memory: each has words of its own."""
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and said is not None
+
+
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
@@ -4607,9 +4639,9 @@ def _explain(error) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
-    full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in line
-    if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return 1, f"out of memory: {line[:120]}, need more of it or a smaller model or batch"
+    if _no_memory(error):
+        found = line[:120] or "in Python"
+        return 1, f"out of memory: {found}, need more or a smaller model or batch"
     if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"
     if isinstance(error, ImportError):

@@ -53,6 +53,7 @@ import time
 import traceback
 import types
 import unittest
+import unittest.mock
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -826,6 +827,66 @@ def test_errors_name_what_was_found_and_needed():
         assert str(found).startswith(words) and "\n" not in found, (words, found)
 
 
+def _main(*args, **changed):
+    """(exit code, lines of stdout, lines of stderr) of main, with this file's names changed."""
+    out, err = io.StringIO(), io.StringIO()
+    changes = unittest.mock.patch.dict(globals(), changed)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), changes:
+        code = main([*map(str, args)])
+    return code, out.getvalue().splitlines(), err.getvalue().splitlines()
+
+
+def test_faults_end_in_one_line_and_a_code():
+    full, alloc = OSError(28, "No space left on device"), "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "made", "nf4_triton.json")
+        for code, words, fault in (
+            (130, "interrupted", KeyboardInterrupt()),
+            (1, f"out of memory: {alloc}, need more free", RuntimeError(alloc)),
+            (1, "out of memory: CUDA: 1 GiB, need", torch.OutOfMemoryError("CUDA: 1 GiB")),
+            (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
+            (77, "found no unknown, need it installed", ModuleNotFoundError(name="unknown")),
+            (77, "cannot import name 'a'", ImportError("cannot import name 'a'")),
+            (2, f"{path}: found No space left on device, need room", full),
+            (0, "", None),
+        ):
+            test = unittest.mock.Mock(return_value=(0, 7))
+            test.side_effect = None if fault is full else fault
+            disk = unittest.mock.patch.object(Path, "replace", side_effect=full)
+            with disk if fault is full else contextlib.nullcontext():
+                got, out, err = _main("--test", "--json", path, _self_test=test)
+            assert got == code and len(err) == (code > 0), err
+            assert code == 0 or err[0].startswith(f"nf4_triton: {words}"), err
+            assert out[-1].startswith(f"RESULT nf4_triton {'FAIL' if code else 'PASS'} checks=")
+            assert [p.name for p in path.parent.iterdir()] == ([] if code else [path.name])
+        for words, *args in (
+            ("--only: found ", "--bench", "--only", "lama"),
+            ("--fuzz: found 0, need 1 case or more", "--test", "--fuzz", 0),
+            (f"--seed: found {2**64}, need 64 bits", "--test", "--seed", 2**64),
+            (f"--plot, --json: found the directory {folder}, need a file", "--json", folder),
+            (f"{path}: found ", "--plot", path / "a.png"),
+        ):
+            code, out, err = _main(*args, _self_test=unittest.mock.Mock(return_value=(0, 7)))
+            assert code == 2 and len(err) == 1 and err[0].startswith(f"nf4_triton: {words}"), err
+
+
+def test_ctrl_c_ends_the_self_test():
+    """In 130, whatever pytest's plugins then raise; a failed test that -x stops ends in 1."""
+    import pytest
+
+    for kind, code in ((KeyboardInterrupt, 130), (pytest.Session.Interrupted, 1)):
+
+        def run(_, plugins, kind=kind):
+            plugins[0].pytest_runtest_logreport(types.SimpleNamespace(failed=True, when="call"))
+            plugins[0].pytest_keyboard_interrupt(types.SimpleNamespace(type=kind))
+            if kind is KeyboardInterrupt:
+                raise ImportError(name="half_imported")
+            return pytest.ExitCode.INTERRUPTED
+
+        with unittest.mock.patch.object(pytest, "main", run):
+            assert _main("--test")[0] == code, kind
+
+
 def _sass(compiled) -> tuple[list[str], dict[str, int]]:
     """(instructions up to the last EXIT, {REG, STACK, SHARED, LOCAL}) of a compiled kernel."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -1419,11 +1480,14 @@ def _self_test(fuzz=None, seed=0, module=sys.modules[__name__]) -> tuple[int, in
     """(exit code, tests passed) of a script; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, failed, errors = [], [], []
+    passed, failed, errors, stopped = [], [], [], []
 
     def count(report):
         if report.failed or report.when == "call" and report.passed:
             (failed if report.failed else passed).append(report)
+
+    def interrupt(excinfo):  # -x stops pytest-xdist by a KeyboardInterrupt of its own kind
+        stopped.append(excinfo.type is KeyboardInterrupt)
 
     keep = lambda call: errors.append(call.excinfo.value)
     sys.modules[Path(module.__file__).stem] = module  # or pytest would import a second one
@@ -1434,9 +1498,12 @@ def _self_test(fuzz=None, seed=0, module=sys.modules[__name__]) -> tuple[int, in
         os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
         quiet += ["-k", "fuzz"]
     hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
-    code = pytest.main([*quiet, module.__file__], [types.SimpleNamespace(**hooks)])
-    if code == pytest.ExitCode.INTERRUPTED and not failed:  # as -x ends it under pytest-xdist
-        raise KeyboardInterrupt
+    hooks["pytest_keyboard_interrupt"] = interrupt
+    try:
+        code = pytest.main([*quiet, module.__file__], [types.SimpleNamespace(**hooks)])
+    finally:
+        if any(stopped):  # whatever its plugins raise on their way out
+            raise KeyboardInterrupt
     for error in errors:
         if isinstance(error, ImportError):  # a package is missing, which is no failed check
             raise error
@@ -1467,6 +1534,13 @@ def _write(path, save):
         part.unlink(missing_ok=True)
 
 
+def _no_memory(error) -> bool:
+    """Whether PyTorch, a library of CUDA's or Triton found no memory: each has words of its own."""
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and said is not None
+
+
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
@@ -1474,10 +1548,13 @@ def _explain(error) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return 1, f"out of memory: {line[:120]}, need a GPU with more free memory"
-    if isinstance(error, ImportError):
+    if _no_memory(error):
+        found = line[:120] or "in Python"
+        return 1, f"out of memory: {found}, need more free"
+    if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"
+    if isinstance(error, ImportError):
+        return 77, line
     if isinstance(error, (ValueError, TypeError, OSError)):
         return 2, line
     return 1, ""

@@ -98,6 +98,7 @@ try:
         NF4,
         _check_paths,
         _fuzz,
+        _no_memory,
         _self_test,
         _unpack,
         _write,
@@ -1798,7 +1799,9 @@ class _Ranks:
         if len(found) < len(specs):
             _end(self.process)
             self.said.seek(0)
-            said = ("".join(others) + self.said.read())[-3000:]
+            said = "".join(others) + self.said.read()
+            words = [x for x in said.splitlines() if x.startswith("qlora_fsdp2: ")]
+            said = words[0] if words else said[-3000:]
             raise AssertionError(f"{len(found)} of {len(specs)} runs ended well: {said}")
         return found
 
@@ -2757,7 +2760,7 @@ def test_a_rank_that_fails_ends_the_job():
     spec = _spec(steps=9, args=args["full"], resume=f"{out['full']}/checkpoint-3")
     done = _beside(*jobs, functools.partial(_broken, spec, no_space))
     words = {"first": "rank 1: ", "second": "rank 0: ", "saving": "rank 0: "}
-    words["memory"] = "rank 1: out of GPU memory"
+    words["memory"] = "rank 1: out of memory"
     words["full"] = "the checkpoint could not be written"
     for (name, folder), (line, seconds) in zip(out.items(), done, strict=True):
         assert words[name] in line and "checkpoint-3" in line, (name, line)
@@ -2974,7 +2977,7 @@ def test_gpu_limits_are_one_line():
     full = functools.partial(_launch, _gpus(), ["--worker", json.dumps([spec])])
     more = functools.partial(_launch, _gpus() + 1, ["--worker", json.dumps([_spec()])])
     full, more = map(_one_line, _beside(full, more))
-    assert "out of GPU memory" in full
+    assert "out of memory" in full
     assert f"found {_gpus()} GPUs on this machine" in more
 
 
@@ -3507,11 +3510,12 @@ def _in_ranks(argv) -> int:
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
-    if isinstance(error, torch.OutOfMemoryError):
+    if _no_memory(error):
         tried = re.search(r"Tried to allocate [\d.]+ \w+", line)
         less = "need less: --per_device_train_batch_size, --max_length, --gradient_checkpointing "
         less += "true, --offload true, --base shard or --cpu_offload true"
-        return 1, f"out of GPU memory ({tried[0] if tried else line[:80]}), {less}; {_last_words()}"
+        tried = tried[0] if tried else line[:80] or "in Python"
+        return 1, f"out of memory ({tried}), {less}; {_last_words()}"
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         words = " ".join(str(cause).split())[:160] or type(cause).__name__
