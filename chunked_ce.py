@@ -2497,7 +2497,7 @@ def test_faults_end_in_one_line_and_a_code():
         for code, words, fault in (
             (130, "interrupted", KeyboardInterrupt()),
             (1, "out of memory: CUDA: 1 GiB, need more free or fewer of --only", memory),
-            (1, f"out of memory: {alloc}, need", RuntimeError(alloc)),
+            (1, f"out of memory: {alloc}, need", RuntimeError(f"{alloc} Search for it")),
             (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
             (77, "found no unknown, need it installed", ModuleNotFoundError(name="unknown")),
             (77, "cannot import name 'a'", ImportError("cannot import name 'a'")),
@@ -3007,7 +3007,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
     if _no_memory(error):
-        found = line[:120] or "in Python"
+        found = line.split(" Search for")[0][:120] or "in Python"
         return 1, f"out of memory: {found}, need more free or fewer of --only"
     if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"

@@ -4203,7 +4203,11 @@ def test_errors_have_codes_and_one_line():
             1,
             "out of memory: DefaultCPUAllocator: can't",
         ),
-        (RuntimeError("CUDA error: out of memory"), 1, "out of memory: CUDA error: out of memory"),
+        (
+            RuntimeError("CUDA error: out of memory Search for `cudaErrorMemoryAllocation' in"),
+            1,
+            "out of memory: CUDA error: out of memory, need",
+        ),
         (ModuleNotFoundError("x", name="peft"), 77, "found no peft, need it installed"),
         (ImportError("cannot import name 'a'"), 77, "cannot import name 'a'"),
         (ValueError("a: found b, need c"), 2, "a: found b, need c"),
@@ -4640,7 +4644,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
     if _no_memory(error):
-        found = line[:120] or "in Python"
+        found = line.split(" Search for")[0][:120] or "in Python"
         return 1, f"out of memory: {found}, need more or a smaller model or batch"
     if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"

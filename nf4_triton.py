@@ -842,7 +842,7 @@ def test_faults_end_in_one_line_and_a_code():
         path = Path(folder, "made", "nf4_triton.json")
         for code, words, fault in (
             (130, "interrupted", KeyboardInterrupt()),
-            (1, f"out of memory: {alloc}, need more free", RuntimeError(alloc)),
+            (1, f"out of memory: {alloc}, need more free", RuntimeError(f"{alloc} Search for it")),
             (1, "out of memory: CUDA: 1 GiB, need", torch.OutOfMemoryError("CUDA: 1 GiB")),
             (1, "a check failed: 3, not 4", AssertionError("3, not 4")),
             (77, "found no unknown, need it installed", ModuleNotFoundError(name="unknown")),
@@ -1549,7 +1549,7 @@ def _explain(error) -> tuple[int, str]:
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
     if _no_memory(error):
-        found = line[:120] or "in Python"
+        found = line.split(" Search for")[0][:120] or "in Python"
         return 1, f"out of memory: {found}, need more free"
     if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"

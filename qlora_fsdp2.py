@@ -3514,7 +3514,7 @@ def _explain(error) -> tuple[int, str]:
         tried = re.search(r"Tried to allocate [\d.]+ \w+", line)
         less = "need less: --per_device_train_batch_size, --max_length, --gradient_checkpointing "
         less += "true, --offload true, --base shard or --cpu_offload true"
-        tried = tried[0] if tried else line[:80] or "in Python"
+        tried = tried[0] if tried else line.split(" Search for")[0][:80] or "in Python"
         return 1, f"out of memory ({tried}), {less}; {_last_words()}"
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
