@@ -71,7 +71,7 @@ stop() {
   for pid in $(jobs -p); do kill -INT -- "-$pid" 2>/dev/null; done
 }
 set -m  # every job is a group of its own, so that all of it can be stopped
-trap stop INT
+trap stop INT TERM HUP
 
 judge() {  # name, exit code, log: state and figures
   case $2 in
@@ -86,15 +86,13 @@ judge() {  # name, exit code, log: state and figures
 
 echo "=== self-tests, $side at a time, on $cores cores, GPUs: $gpus (results/NAME.test.log)"
 collect() {  # waits for one self-test
-  local code
-  wait -n -p pid "${!pid_of[@]}"
+  local pid code
+  while :; do
+    for pid in "${!pid_of[@]}"; do kill -0 "$pid" 2>/dev/null || break 2; done
+    wait -n "${!pid_of[@]}"  # which a signal ends early, whatever it then says of a process
+  done
+  wait "$pid"
   code=$?
-  if [[ -z ${pid:-} ]]; then  # a signal came, or one ended while the last was looked at
-    for pid in "${!pid_of[@]}" ""; do kill -0 "$pid" 2>/dev/null || break; done
-    [[ -n $pid ]] || return
-    wait "$pid"
-    code=$?
-  fi
   local name=${pid_of[$pid]}
   unset "pid_of[$pid]"
   seconds[$name]=$((SECONDS - began[$name]))
@@ -118,6 +116,7 @@ for name in "${names[@]}"; do
   (((gpus < 2)) || export CUDA_VISIBLE_DEVICES="$devices"
     spread "$many" "$share" && exec "$python" "$name.py" --test) >"results/$name.test.log" 2>&1 &
   pid_of[$!]=$name
+  [[ $stopped ]] && stop  # a signal came in between
 done
 while ((${#pid_of[@]} > 0)); do collect; done
 
@@ -132,8 +131,10 @@ for name in "${names[@]}"; do
   [[ $mode == plot ]] && command+=(--plot "results/$name.png")
   echo "=== $name"
   start=$SECONDS
-  "${command[@]}" 2>&1 | tee -i "results/$name.log"
-  code=${PIPESTATUS[0]}
+  ("${command[@]}" 2>&1 | tee -i "results/$name.log"; exit "${PIPESTATUS[0]}") &
+  pid=$!
+  [[ $stopped ]] && stop
+  while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a signal ends a wait early
   [[ $code == 130 ]] && stopped=1
   seconds[$name]=$((seconds[$name] + SECONDS - start))
   judge "$name" "$code" "results/$name.log"
