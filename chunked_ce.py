@@ -2392,6 +2392,8 @@ def _on_gpu_or_interpreted(check):
         return check("cuda")
     code = f"import {Path(__file__).stem} as c; c.{check.__name__}('cpu')"
     done = _run_python(code, TRITON_INTERPRET="1")
+    if "only 0-dimensional arrays" in done.stderr:
+        raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
