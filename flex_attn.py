@@ -2444,10 +2444,7 @@ def test_fuzz_triton_kernels():
         return _check_all_kernels("cuda", torch.float16)
     name = Path(__file__).stem
     code = f"import torch, {name}; {name}._check_all_kernels('cpu', torch.float32)"
-    done = _run_python(code, TRITON_INTERPRET="1")
-    if "only 0-dimensional arrays" in done.stderr:
-        raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
-    assert done.returncode == 0, done.stderr[-2000:]
+    _run_interpreted(code)
 
 
 def _compiled_kernel(kernel, tiles, dim, causal):
@@ -2483,6 +2480,14 @@ def _run_python(code, **env):
     env = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"} | env
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def _run_interpreted(code, **env):
+    """code in Triton's interpreter: a process of its own, as it is chosen before the import."""
+    done = _run_python(code, TRITON_INTERPRET="1", **env)
+    if "only 0-dimensional arrays" in done.stderr:
+        raise unittest.SkipTest("Triton 3.6's interpreter has loops with numpy before 2.4 only")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def _naive_varlen(q, k, v, cu_q, cu_k, causal, window, scale, softcap=None):
@@ -2749,7 +2754,7 @@ def test_ctrl_c_ends_the_self_test():
     for kind, code in ((KeyboardInterrupt, 130), (pytest.Session.Interrupted, 1)):
 
         def run(_, plugins, kind=kind):
-            plugins[0].pytest_runtest_logreport(types.SimpleNamespace(failed=True, when="call"))
+            plugins[0].pytest_runtest_logreport(types.SimpleNamespace(passed=False, when="call"))
             plugins[0].pytest_keyboard_interrupt(types.SimpleNamespace(type=kind))
             if kind is KeyboardInterrupt:
                 raise ImportError(name="half_imported")
@@ -3758,11 +3763,11 @@ def _self_test(fuzz=None, seed=0) -> tuple[int, int]:
     """(exit code, tests passed) of this file; with fuzz of its random tests, as many cases each."""
     import pytest
 
-    passed, failed, errors, stopped = [], [], [], []
+    passed, errors, stopped = [], [], []
 
     def count(report):
-        if report.failed or report.when == "call" and report.passed:
-            (failed if report.failed else passed).append(report)
+        if report.when == "call" and report.passed:
+            passed.append(report)
 
     def interrupt(excinfo):  # -x stops pytest-xdist by a KeyboardInterrupt of its own kind
         stopped.append(excinfo.type is KeyboardInterrupt)
@@ -3812,11 +3817,14 @@ def _write(path, save):
         part.unlink(missing_ok=True)
 
 
-def _no_memory(error) -> bool:
-    """Whether PyTorch, a library of CUDA's or Triton found no memory: each has words of its own."""
-    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
+def _no_memory(error) -> str:
+    """What PyTorch, a library of CUDA's or Triton says that found no memory; "" of other errors."""
+    line = " ".join(str(error).split())
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", line)
     kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or isinstance(error, RuntimeError) and said is not None
+    if isinstance(error, kinds) or isinstance(error, RuntimeError) and said:
+        return line.split(" Search for")[0][:120] or "in Python"
+    return ""
 
 
 def _explain(error) -> tuple[int, str]:
@@ -3826,8 +3834,7 @@ def _explain(error) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, AssertionError):
         return 1, f"a check failed: {line}"
-    if _no_memory(error):
-        found = line.split(" Search for")[0][:120] or "in Python"
+    if found := _no_memory(error):
         return 1, f"out of memory: {found}, need more free"
     if isinstance(error, ModuleNotFoundError):
         return 77, f"found no {error.name}, need it installed, see requirements.txt"

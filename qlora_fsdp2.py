@@ -1771,6 +1771,11 @@ def _plain_environment():
     return env | plain
 
 
+def _own_lines(stderr) -> list[str]:
+    """What this script said of its own end, among what libraries say."""
+    return [line for line in stderr.splitlines() if line.startswith("qlora_fsdp2: ")]
+
+
 class _Ranks:
     """Ranks that wait for specs on standard input: their start takes longer than most of those."""
 
@@ -1800,8 +1805,7 @@ class _Ranks:
             _end(self.process)
             self.said.seek(0)
             said = "".join(others) + self.said.read()
-            words = [x for x in said.splitlines() if x.startswith("qlora_fsdp2: ")]
-            said = words[0] if words else said[-3000:]
+            said = next(iter(_own_lines(said)), said[-3000:])
             raise AssertionError(f"{len(found)} of {len(specs)} runs ended well: {said}")
         return found
 
@@ -2717,7 +2721,7 @@ def test_resumed_on_any_number_of_ranks():
 
 def _one_line(done):
     """What this script said when it failed: one line, of one rank."""
-    said = [x for x in done.stderr.splitlines() if x.startswith("qlora_fsdp2: ")]
+    said = _own_lines(done.stderr)
     assert done.returncode != 0 and len(said) == 1, (done.returncode, done.stderr[-3000:])
     assert "Traceback" not in done.stderr.split("qlora_fsdp2: ")[0], done.stderr[:3000]
     assert done.stdout.splitlines()[-1] == "RESULT qlora_fsdp2 FAIL", done.stdout[-3000:]
@@ -2760,7 +2764,7 @@ def test_a_rank_that_fails_ends_the_job():
     spec = _spec(steps=9, args=args["full"], resume=f"{out['full']}/checkpoint-3")
     done = _beside(*jobs, functools.partial(_broken, spec, no_space))
     words = {"first": "rank 1: ", "second": "rank 0: ", "saving": "rank 0: "}
-    words["memory"] = "rank 1: out of memory"
+    words["memory"] = "rank 1: out of memory (Tried to allocate 9.99 GiB), need less"
     words["full"] = "the checkpoint could not be written"
     for (name, folder), (line, seconds) in zip(out.items(), done, strict=True):
         assert words[name] in line and "checkpoint-3" in line, (name, line)
@@ -2977,7 +2981,7 @@ def test_gpu_limits_are_one_line():
     full = functools.partial(_launch, _gpus(), ["--worker", json.dumps([spec])])
     more = functools.partial(_launch, _gpus() + 1, ["--worker", json.dumps([_spec()])])
     full, more = map(_one_line, _beside(full, more))
-    assert "out of memory" in full
+    assert "out of memory (Tried to allocate" in full
     assert f"found {_gpus()} GPUs on this machine" in more
 
 
@@ -3510,12 +3514,11 @@ def _in_ranks(argv) -> int:
 def _explain(error) -> tuple[int, str]:
     """(exit code, one line) for what ended a run; "" if it was not foreseen."""
     line = " ".join(str(error).split())[:400]
-    if _no_memory(error):
+    if found := _no_memory(error):
         tried = re.search(r"Tried to allocate [\d.]+ \w+", line)
         less = "need less: --per_device_train_batch_size, --max_length, --gradient_checkpointing "
         less += "true, --offload true, --base shard or --cpu_offload true"
-        tried = tried[0] if tried else line.split(" Search for")[0][:80] or "in Python"
-        return 1, f"out of memory ({tried}), {less}; {_last_words()}"
+        return 1, f"out of memory ({tried[0] if tried else found[:80]}), {less}; {_last_words()}"
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         words = " ".join(str(cause).split())[:160] or type(cause).__name__
