@@ -84,16 +84,7 @@ from triton.runtime.interpreter import InterpretedFunction
 try:
     import chunked_ce
     import flex_attn
-    from nf4_triton import (
-        _check_paths,
-        _fuzz,
-        _no_memory,
-        _sass,
-        _self_test,
-        _write,
-        dequantize_nf4,
-        patch_bitsandbytes,
-    )
+    from nf4_triton import dequantize_nf4, patch_bitsandbytes
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "flex_attn", "nf4_triton"):
         raise
@@ -118,6 +109,104 @@ FUSED_RANK = 64  # larger LoRA ranks are added by cuBLAS before the activation: 
 def _need(ok, name, found, need, error=ValueError):
     if not ok:  # in one line, whatever a file's columns are called
         raise error(" ".join(f"{name}: found {found}, need {need}".split()))
+
+
+# --------------------------------------------------------------------------------------------------
+# The tests' harness and what the command line needs; qlora_fsdp2.py takes it from here
+
+
+def _resources(compiled) -> dict[str, int]:
+    """{REG, STACK, SHARED, LOCAL} of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.check_output([tool, "-res-usage", cubin], text=True)
+    return {k: int(n) for k, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def _random_cases(check, few=25, **drawn):
+    """check(**values) for random values drawn by hypothesis' strategies: in the self-test the same
+    few each time, with --fuzz N as many, from --seed. A failure is shrunk to a small case."""
+    import hypothesis
+
+    few = int(few) // (4 if torch.cuda.is_available() else 1)  # there each compiles kernels
+    cases, seed = os.environ.get("FUZZ_CASES", str(few)), os.environ.get("FUZZ_SEED", "0")
+    settings = hypothesis.settings(
+        max_examples=int(cases),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(int(seed))(settings(hypothesis.given(**drawn)(check)))()
+
+
+def _self_test(fuzz, seed, module) -> tuple[int, int]:
+    """(exit code, tests passed) of a script; with fuzz of its random tests, as many cases each."""
+    import pytest
+
+    passed, errors, stopped = [], [], []
+
+    def count(report):
+        if report.when == "call" and report.passed:
+            passed.append(report)
+
+    def interrupt(excinfo):  # -x stops pytest-xdist by a KeyboardInterrupt of its own kind
+        stopped.append(excinfo.type is KeyboardInterrupt)
+
+    keep = lambda call: errors.append(call.excinfo.value)
+    sys.modules[Path(module.__file__).stem] = module  # or pytest would import a second one
+    quiet = ["-x", "-q", "-rs", "--no-header", "--no-fold-skipped", "-p", "no:cacheprovider"]
+    quiet += ["-W", "ignore", "--show-capture=no"]
+    quiet += ["-p", "no:logging"]  # listening, it has Dynamo write out every guard
+    if fuzz:
+        os.environ |= {"FUZZ_CASES": str(fuzz), "FUZZ_SEED": str(seed)}
+        quiet += ["-k", "fuzz"]
+    hooks = {"pytest_runtest_logreport": count, "pytest_exception_interact": keep}
+    hooks["pytest_keyboard_interrupt"] = interrupt
+    try:
+        code = pytest.main([*quiet, module.__file__], [types.SimpleNamespace(**hooks)])
+    finally:
+        if any(stopped):  # whatever its plugins raise on their way out
+            raise KeyboardInterrupt
+    for error in errors:
+        if isinstance(error, ImportError):  # a package is missing, which is no failed check
+            raise error
+    return int(code != 0), len(passed)
+
+
+def _check_paths(*paths):
+    """What is written last is looked at first: no folder has a file's name, and theirs are made."""
+    for path in filter(None, paths):
+        _need(not Path(path).is_dir(), "--plot, --json", f"the directory {path}", "a file")
+        folder = Path(path).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder}: found {error.strerror}, need a folder to write to") from error
+
+
+def _write(path, save):
+    """save(a temporary path), which then gets its name: no half of a file ever has it."""
+    part = Path(f"{path}.part")
+    try:
+        save(part)
+        part.replace(path)
+    except OSError as error:
+        found = error.strerror or error
+        raise OSError(f"{path}: found {found}, need room and leave to write") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _no_memory(error) -> str:
+    """What PyTorch, a library of CUDA's or Triton says that found no memory; "" of other errors."""
+    line = " ".join(str(error).split())
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", line)
+    kinds = torch.OutOfMemoryError, MemoryError
+    if isinstance(error, kinds) or isinstance(error, RuntimeError) and said:
+        return line.split(" Search for")[0][:120] or "in Python"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2280,7 +2369,7 @@ def test_gated_kernel_compiles_for_every_gpu():
         few = 4 if sm in (75, 90) else 2  # the smaller ranks need less
         for variant in variants[:few] if (sm, dtype) != (75, "bf16") else ():  # it has no bf16
             made = _compile_gated(sm, dtype, *variant)
-            used = _sass(made)[1]
+            used = _resources(made)
             assert used["STACK"] == used["LOCAL"] == 0, (sm, dtype, variant, used)
             assert made.metadata.shared <= limits[sm] * 1024, (sm, variant, made.metadata.shared)
 
@@ -2868,7 +2957,7 @@ def test_gpu_max_autotune():
 # Self-test, at random
 
 
-_fuzz = functools.partial(_fuzz, few=12)  # cases of each random test in the self-test
+_fuzz = functools.partial(_random_cases, few=12)  # cases of each random test in the self-test
 
 
 def _refusal(do):

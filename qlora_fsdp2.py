@@ -93,17 +93,18 @@ from torch.distributed.tensor import DTensor
 try:
     import chunked_ce
     import compile_qlora
-    from compile_qlora import GIB, TARGETS, _import, _need
-    from nf4_triton import (
-        NF4,
+    from compile_qlora import (
+        GIB,
+        TARGETS,
         _check_paths,
-        _fuzz,
+        _import,
+        _need,
         _no_memory,
         _self_test,
-        _unpack,
         _write,
-        dequantize_nf4,
     )
+    from compile_qlora import _random_cases as _fuzz
+    from nf4_triton import NF4, dequantize_nf4
 except ModuleNotFoundError as error:
     if error.name not in ("chunked_ce", "compile_qlora", "flex_attn", "nf4_triton"):
         raise
@@ -529,6 +530,26 @@ def _key(entry, source):
     return found[0]
 
 
+def _check_state(packed, state):
+    """What a checkpoint says of a weight, before a kernel reads as far as that says."""
+    _need(state.quant_type == "nf4", "quant_type", repr(state.quant_type), "'nf4'")
+    kept = isinstance(state.blocksize, int) and 32 <= state.blocksize <= 4096
+    _need(kept and state.blocksize.bit_count() == 1, "blocksize", state.blocksize, "32 to 4096")
+    numel, nested = math.prod(state.shape), state.state2
+    blocks = -(-numel // state.blocksize)
+    parts = [("weight", packed, torch.uint8, (numel + 1) // 2)]
+    parts.append(("absmax", state.absmax, torch.float32 if nested is None else torch.uint8, blocks))
+    if nested is not None:
+        _need(nested.blocksize > 0, "nested_blocksize", nested.blocksize, "1 or more")
+        scales2 = -(-blocks // nested.blocksize)
+        parts.append(("nested_absmax", nested.absmax, torch.float32, scales2))
+        parts.append(("nested_quant_map", nested.code, torch.float32, 256))
+        parts.append(("nested_offset", state.offset, torch.float32, 1))
+    for name, part, dtype, count in parts:
+        found = f"{part.numel()} of {part.dtype}"
+        _need((part.dtype, part.numel()) == (dtype, count), name, found, f"{count} of {dtype}")
+
+
 def _tensors(entry, source, dtype, device):
     """(tensors of an entry by name, its quantisation's numbers or None)."""
     bnb = _import("bitsandbytes").functional
@@ -545,7 +566,7 @@ def _tensors(entry, source, dtype, device):
         packed = value.to(device).contiguous().view(torch.uint8)
         try:
             state = bnb.QuantState.from_dict(parts, device)
-            _unpack(packed, state)
+            _check_state(packed, state)
             torch.testing.assert_close(parts[f"{key}.quant_map"], torch.tensor(NF4))
         except Exception as error:  # noqa: BLE001 (whatever a torn state makes of bitsandbytes)
             words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
