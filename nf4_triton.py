@@ -188,7 +188,6 @@ def _plan(index, aligned, shape, dtype, blocksize, blocksize2, scales2, scale_by
     numel = math.prod(shape)
     packed, scales = (numel + 1) // 2, -(-numel // max(blocksize, 1))
     for name, found, allowed in (
-        ("dtype", dtype, list(DTYPES)),
         ("blocksize", blocksize, [32, 64, 128, 256, 512, 1024, 2048, 4096]),
         ("weight.is_contiguous()", contiguous, [True]),
         ("weight.nbytes", nbytes, range(packed, packed + 4)),  # with a 32-bit storage's padding
@@ -285,6 +284,8 @@ def dequantize_nf4(weight: Tensor, quant_state, out=None, *, dtype=None) -> Tens
     if kind != "nf4":
         raise ValueError(f"quant_type: found {kind!r}, need 'nf4' (None: call layer.to(...) first)")
     dtype = dtype or quant_state.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: found {dtype}, need one of {', '.join(map(str, DTYPES))}")
     with _plain_attributes():
         if out is not None:
             need = tuple(quant_state.shape), dtype, weight.device, True
