@@ -12,8 +12,10 @@ takes 32-bit words (8 weights of one block each), decodes the scale itself and s
 - Addresses and sizes are read in every call: a weight that moves or changes needs no notice.
 
 Left out: FP4, AMD and Intel GPUs, and fused 4-bit matmuls, which win for a few rows; the patch leaves
-them all to bitsandbytes. CPU tensors take the plain reference, the same bits but slow. Run on an H200
-and, in Triton's interpreter, on CPUs. Not run on a T4, for which it compiles without spills.
+them all to bitsandbytes. Prefetching into the L2 (1 to 3% of the kernel) and calling Triton's C
+launcher directly (1 us a call), whose arguments change with its versions. CPU tensors take the plain
+reference, the same bits but slow. Run on an H200 and, in Triton's interpreter, on CPUs. Not run on a
+T4, for which it compiles without spills.
 
     python nf4_triton.py            self-test, then timings (--test or --bench: one of them)
 
@@ -336,8 +338,8 @@ def _matmul_4bit(A, B, quant_state, out=None, bias=None):
     """bitsandbytes.matmul_4bit: ours where it would decode in three launches and then multiply."""
     if (
         not A.is_cuda
-        or torch.version.hip
         or A.numel() <= _few_rows(A.get_device()) * A.size(-1)
+        or torch.version.hip
         or A.dtype not in DTYPES
         or out is not None
         or getattr(quant_state, "quant_type", None) != "nf4"
@@ -445,9 +447,8 @@ def self_test():
         assert same_bits(interpret(*pair, 32, ragged), dequantize_reference(*pair, dtype))
     yield "the kernel in Triton's interpreter: the reference's bits, and nothing past the end"
 
-    dtypes = (
-        DTYPES if gpu else (torch.float16, torch.float32)
-    )  # on some CPUs its bf16 rounds otherwise
+    # On some CPUs bitsandbytes rounds bf16 otherwise
+    dtypes = DTYPES if gpu else (torch.float16, torch.float32)
     for dtype, nested, blocksize in itertools.product(dtypes, (True, False), (64, 128, 4096)):
         weight, state = quantize((15, 4096), dtype, blocksize, nested, device)
         want = bnb.functional.dequantize_4bit(weight, state)
@@ -502,9 +503,7 @@ def self_test():
         weight, state = quantize((512, 512), torch.float16)
         want = dequantize_nf4(weight, state)
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-            got = dequantize_nf4(
-                weight, state
-            )  # on another stream; to synchronise is an error here
+            got = dequantize_nf4(weight, state)  # on another stream; synchronising is an error
         got.zero_()
         graph.replay()
         assert same_bits(got, want)
