@@ -7,15 +7,15 @@ temporary buffer (decode the scales, add their mean, decode the weights), twice 
 Idea: four fifths of the bytes are the output, so a memset of it bounds the time from below. A lane
 takes 32-bit words (8 weights of one block each), decodes the scale itself and stores 16 bytes.
 - The NF4 table lives in a warp's registers, entry i in lane i, read by inline PTX `shfl.sync.idx`.
-- Codes are read once and most outputs exceed the L2: both are marked evict-first.
+- Codes are read once and large outputs exceed the L2: both are marked evict-first.
 - The scale takes two fp32 roundings as in bitsandbytes, so multiply-add fusion is off.
 - Addresses and sizes are read in every call: a weight that moves or changes needs no notice.
 
-Left out: FP4, AMD and Intel GPUs, and fused 4-bit matmuls, which win for a few rows; the patch leaves
-them all to bitsandbytes. Prefetching into the L2 (1 to 3% of the kernel) and calling Triton's C
-launcher directly (1 us a call), whose arguments change with its versions. CPU tensors take the plain
-reference, the same bits but slow. Run on an H200 and, in Triton's interpreter, on CPUs. Not run on a
-T4, for which it compiles without spills.
+Left out: FP4, AMD and Intel GPUs, and fused 4-bit matmuls, which win for a few rows: all left to
+bitsandbytes by patch_bitsandbytes. Also a prefetch into the L2, worth 1 to 3% of the kernel, and
+Triton's launcher in C, worth 1 us a call, whose arguments differ from 3.6 to 3.7. CPU tensors take
+the plain reference, the same bits but slow. Run on an H200 and, in Triton's interpreter, on CPUs.
+Not run on a T4, for which it compiles without spills.
 
     python nf4_triton.py            self-test, then timings (--test or --bench: one of them)
 
@@ -39,6 +39,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 import triton
@@ -62,7 +63,7 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 def dequantize_reference(weight, state, dtype) -> Tensor:
     """NF4[code] * (code2[absmax] * absmax2 + offset), in fp32 with every rounding where
-    bitsandbytes' CUDA kernels have it, then in dtype. Of state.shape, whatever the weight's."""
+    bitsandbytes' CUDA kernels have it, then in dtype. The result has state.shape."""
     table = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
     scale, nested = state.absmax, state.state2
     # A byte's two fp32 levels, high nibble first; gathered as one 64-bit number, which is fastest
@@ -103,8 +104,8 @@ LOOKUP_PTX = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, numel,
                 BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WORDS: tl.constexpr,
                 RAGGED: tl.constexpr, SM: tl.constexpr):
-    # Claiming no contiguity keeps the compiler from giving a lane neighbouring words: one by one is
-    # the layout of the 16-byte stores, so 16-bit outputs do not pass through shared memory.
+    # The hint keeps the compiler from giving a lane several neighbouring words. With one, its 8
+    # outputs are a 16-byte store as they are, so 16-bit outputs need no shared memory.
     word = tl.max_contiguous(tl.arange(0, WORDS), 1)  # [WORDS], of 8 weights each
     column = tl.arange(0, 8)
     if SM >= 90:
@@ -126,7 +127,7 @@ def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_
     else:
         codes = tl.load(weight_ptr + (first_word + word), eviction_policy="evict_first")
 
-    # A tile holds whole blocks or lies inside one, so its first block and a word's own split apart.
+    # A tile holds whole blocks or lies inside one: a word's block is the tile's first plus its own.
     first_block, block = first_word * 8 // BLOCKSIZE, word * 8 // BLOCKSIZE
     scale = tl.load(absmax_ptr + (first_block + block), mask=mask, other=other)  # [WORDS]
     if BLOCKSIZE2 > 0:
@@ -137,7 +138,8 @@ def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_
     # Little-endian words, the high nibble of a byte first: 0xAB is weight 0xA, then weight 0xB
     codes = codes[:, None] >> ((column ^ 1) * 4)[None, :]  # [WORDS, 8]
     if SM > 0:
-        # NF4[lane % 16]: `word` only gives shape and layout, in which it must be shuffled as it is
+        # NF4[lane % 16] in each lane, `word` being an operand for its shape and layout alone. Were
+        # that layout converted before the shuffle, entries would land in other lanes.
         table = tl.inline_asm_elementwise(TABLE_PTX, "=f,r", [word], tl.float32, True, 1)
         pair = [table[:, None], codes]
         level = tl.inline_asm_elementwise(LOOKUP_PTX, "=f,f,r", pair, tl.float32, True, 1)
@@ -147,8 +149,8 @@ def _nf4_kernel(weight_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_
             level = tl.where((codes & 15) == i, LEVELS[i], level)
     value = level * scale[:, None]
     if out_ptr.dtype.element_ty == tl.bfloat16 and SM < 80:
-        # No bf16 conversion before sm_80 (or SM 0): round to nearest even in integers. It takes the
-        # GPU's NaN, always 0x7FFFFFFF, to bf16's 0x7FFF and leaves all else.
+        # No bf16 conversion before sm_80, nor in the interpreter: round to nearest even in
+        # integers. The minimum is for NaN, on a GPU always 0x7FFFFFFF: it becomes bf16's 0x7FFF.
         bits = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FFF7FFF)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -172,9 +174,9 @@ def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, words=512, warps=4, 
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-# ---- The launch: 43 us a call by Triton's JIT on an H200's host, 9 by these functions, a memset 10.
+# ---- The launch: 43 us a call by Triton's JIT on an H200's host, 9 by what follows, a memset 10.
 # Addresses are read in every call; all else that a launch depends on is the key of _plan's cache.
-# These are private: what is public takes 0.3 to 2 us more (torch 2.11, 2.13; CPU builds lack some).
+# Private, as each public way takes 0.3 to 2 us more (torch 2.11, 2.13; CPU builds lack some).
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _empty_strided = getattr(guards, "_empty_strided_cuda", None)  # inductor's, on the current device
@@ -183,13 +185,14 @@ _is_compiling, _count_modes = torch.compiler.is_dynamo_compiling, torch._C._len_
 
 
 @functools.cache
-def _plan(index, aligned, shape, dtype, blocksize, blocksize2, scales2, scale_bytes, same_device, nbytes,
-          contiguous):  # fmt: skip
-    """(run, function, metadata, programs, numel, shape, strides) of a launch on GPU `index`, which is
-    the current one. ValueError if numbers do not fit together; that alone for a CPU, index -1."""
+def _plan(index, aligned, shape, dtype, blocksize, blocksize2, scales2, scale_bytes, same_device,
+          nbytes, contiguous):  # fmt: skip
+    """(run, function, metadata, programs, numel, shape, strides) of a launch on GPU `index`, which
+    is the current one; only the checks for a CPU, -1. ValueError if numbers do not fit together."""
     numel = math.prod(shape)
     packed, scales = (numel + 1) // 2, -(-numel // max(blocksize, 1))
     for name, found, allowed in (
+        ("GPU", "AMD" if torch.version.hip and index >= 0 else "NVIDIA", ["NVIDIA"]),
         ("blocksize", blocksize, [32, 64, 128, 256, 512, 1024, 2048, 4096]),
         ("weight.is_contiguous()", contiguous, [True]),
         ("weight.nbytes", nbytes, range(packed, packed + 4)),  # with a 32-bit storage's padding
@@ -208,14 +211,13 @@ def _plan(index, aligned, shape, dtype, blocksize, blocksize2, scales2, scale_by
     ragged = not aligned or numel % (words * 8) != 0
     major, minor = torch.cuda.get_device_capability(index)
     variant = DTYPES[dtype], blocksize, blocksize2, words, warps, ragged
-    kernel = compile_kernel(major * 10 + minor, *variant)
+    kernel = compile_kernel(major * 10 + minor, *variant)  # whose .run loads its .function
     launch = kernel.run, kernel.function, kernel.packed_metadata, -(-numel // (words * 8)), numel
     return *launch, tuple(shape), torch.empty(shape, device="meta").stride()
 
 
 def _dequantize(weight, state, out, dtype) -> Tensor:
-    """The kernel on the current stream, or on CPU tensors (without `out`) the reference. `state` may
-    be any object with a QuantState's fields."""
+    """The kernel on the current stream; for CPU tensors, and then without `out`, the reference."""
     index, absmax, nested = weight.get_device(), state.absmax, state.state2
     if index >= 0 and index != _current_device():
         with torch.cuda.device(index):
@@ -276,10 +278,11 @@ def dequantize_nf4(weight: Tensor, quant_state, out=None, *, dtype=None) -> Tens
     weight: codes in uint8, bf16, fp16 or fp32 storage, contiguous [n, 1] or, transposed, [1, n].
     quant_state: its bitsandbytes.functional.QuantState, nested or flat, block size 32 to 4096.
     out: contiguous, of quant_state.shape. dtype: fp16, bf16 or fp32 in place of quant_state.dtype.
-    Returns quant_state.shape (its transpose for a transposed weight). On CUDA: one kernel on the
-    current stream, bitsandbytes' bits, no synchronisation, no other buffer. On CPU: those bits by
-    PyTorch. torch.compile, selective checkpointing, FlopCounterMode and any other TorchDispatchMode
-    see the operator nf4_triton::dequantize; where none is active the launch bypasses the dispatcher.
+    Returns a tensor of quant_state.shape, for a transposed weight its transpose. On CUDA: one
+    kernel on the current stream, bitsandbytes' bits, no synchronisation, no other buffer. On CPU:
+    those bits by PyTorch. torch.compile, selective checkpointing, FlopCounterMode and any other
+    TorchDispatchMode see the operator nf4_triton::dequantize; where none is active the launch
+    bypasses the dispatcher.
     ValueError for FP4, for a weight packed for CPUs and for byte counts that do not fit together.
     """
     kind = None if quant_state is None else quant_state.quant_type
@@ -297,6 +300,8 @@ def dequantize_nf4(weight: Tensor, quant_state, out=None, *, dtype=None) -> Tens
         plain = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__  # no DTensor or such
         if weight.is_cuda and plain and not _is_compiling() and not _count_modes():
             out = _dequantize(weight, quant_state, out, dtype)
+        elif weight.device.type not in ("cpu", "cuda", "meta"):
+            raise ValueError(f"weight: found it on {weight.device}, need an NVIDIA GPU or a CPU")
         elif getattr(quant_state, "packing_format_for_cpu", False):
             raise ValueError("weight: found bitsandbytes' packing for CPUs, need its usual one")
         else:
@@ -329,8 +334,8 @@ class _Linear4bit(torch.autograd.Function):
 
 @functools.cache
 def _few_rows(index: int) -> int:
-    """Up to so many rows a matmul stays with bitsandbytes, which may fuse it. On an H200 it takes 0.98
-    to 2.2 of our time at 32 rows, 1.4 to 1.7 at 64; elsewhere (unmeasured) it seldom fuses 512."""
+    """The rows up to which bitsandbytes multiplies without decoding to memory. On an H200 it takes
+    0.98 to 2.2 times our time at 32 rows, by shape, 1.4 to 1.7 at 64; elsewhere its limit stays."""
     return 32 if torch.cuda.get_device_capability(index)[0] in (9, 10) else 512
 
 
@@ -349,7 +354,7 @@ def _matmul_4bit(A, B, quant_state, out=None, bias=None):
     if torch.is_autocast_enabled("cuda"):  # decode into what the product will use
         A = A.to(torch.get_autocast_dtype("cuda"))
         bias = bias if bias is None else bias.to(A.dtype)
-    return _Linear4bit.apply(A, B.view(-1, 1) if B.shape[0] == 1 else B, bias, quant_state)
+    return _Linear4bit.apply(A, B.view(-1, 1), bias, quant_state)  # B, in either form, is W
 
 
 def _dequantize_4bit(A, quant_state=None, absmax=None, out=None, blocksize=None, quant_type="fp4"):
@@ -360,26 +365,28 @@ def _dequantize_4bit(A, quant_state=None, absmax=None, out=None, blocksize=None,
 
 
 class patch_bitsandbytes(contextlib.AbstractContextManager):
-    """Makes every bitsandbytes Linear4bit, and PEFT's merges, use the kernel where it is faster:
-    from the call to its .undo() or, in a `with` statement, to the block's end. May nest."""
+    """Makes every bitsandbytes Linear4bit, and PEFT's merges, use the kernel where it is faster, at
+    once: until .undo(), or the end of a `with` block. May nest."""
 
     active: ClassVar[set] = set()
 
     def __init__(self):
-        import bitsandbytes as bnb
-
-        self.targets = [(bnb, _matmul_4bit), (bnb.functional, _dequantize_4bit)]
+        self.targets = [(bnb, "matmul_4bit", _matmul_4bit)]
+        self.targets += [(bnb.functional, "dequantize_4bit", _dequantize_4bit)]
         self.active.add(self)
-        for module, ours in self.targets:
-            found = getattr(module, ours.__name__[1:])
-            ours.original = getattr(found, "original", found)  # found may be ours of an old import
-            setattr(module, ours.__name__[1:], ours)
+        for module, name, ours in self.targets:
+            if not getattr(ours, "in_place", False):
+                found = getattr(module, name)
+                ours.original = getattr(found, "original", found)  # ours of an old import has one
+                ours.in_place = True
+                setattr(module, name, ours)
 
     def undo(self):
         self.active.discard(self)
-        for module, ours in () if self.active else self.targets:
-            if getattr(module, ours.__name__[1:]) is ours:  # and nobody has patched it since
-                setattr(module, ours.__name__[1:], ours.original)
+        for module, name, ours in () if self.active else self.targets:
+            if getattr(module, name) is ours:  # else it stays, below what patched it since
+                setattr(module, name, ours.original)
+                ours.in_place = False
 
     def __exit__(self, *_):
         self.undo()
@@ -392,10 +399,8 @@ CHALLENGE += [(3, 2048, 4096, 14336, 3408, torch.bfloat16)]
 
 def quantize(shape, dtype, blocksize=64, nested=True, device="cuda") -> tuple:
     """(packed weight, QuantState) of a random weight."""
-    from bitsandbytes.functional import quantize_4bit
-
     weight = torch.randn(shape, dtype=dtype, device=device)
-    return quantize_4bit(weight, None, None, blocksize, nested, "nf4")
+    return bnb.functional.quantize_4bit(weight, None, None, blocksize, nested, "nf4")
 
 
 def same_bits(a, b) -> bool:
@@ -418,8 +423,6 @@ def interpret(weight, state, words, ragged) -> Tensor:
 
 def check_challenge(batch, length, hd, m, seed, dtype, device) -> list[tuple]:
     """The challenge's MLP and its checks. Returns (weight, state) in the order it times them in."""
-    import bitsandbytes as bnb
-
     torch.manual_seed(seed)
     make = functools.partial(bnb.nn.Linear4bit, bias=None, compute_dtype=dtype, quant_type="nf4")
     up, gate, down = layers = [make(*io).to(device) for io in ((hd, m), (hd, m), (m, hd))]
@@ -429,16 +432,15 @@ def check_challenge(batch, length, hd, m, seed, dtype, device) -> list[tuple]:
     x = torch.randn(batch, length, hd, device=device, dtype=dtype)
     for _ in range(2):
         ups, gates, downs = weights = [dequantize_nf4(*pair).t() for pair in pairs]
+        wants = [bnb.functional.dequantize_4bit(*pair).t() for pair in pairs]
+        torch.testing.assert_close(weights, wants, rtol=0, atol=0, check_stride=True)
         y, want = (F.silu(x @ gates) * (x @ ups)) @ downs, down(F.silu(gate(x)) * up(x))
-        wants = want, *(bnb.functional.dequantize_4bit(*pair).t() for pair in pairs)
-        torch.testing.assert_close((y, *weights), wants, check_stride=True)
+        torch.testing.assert_close(y, want, check_stride=True)
     return pairs
 
 
 def self_test():
     """Yields the name of each check once it has passed."""
-    import bitsandbytes as bnb
-
     device = "cuda" if (gpu := torch.cuda.is_available()) else "cpu"
     cases = [(2048, 64, True, False), (4096, 32, False, False), (8192, 4096, True, False)]
     cases += [(2405, 64, True, True), (1, 64, False, True)]
@@ -447,8 +449,7 @@ def self_test():
         assert same_bits(interpret(*pair, 32, ragged), dequantize_reference(*pair, dtype))
     yield "the kernel in Triton's interpreter: the reference's bits, and nothing past the end"
 
-    # On some CPUs bitsandbytes rounds bf16 otherwise
-    dtypes = DTYPES if gpu else (torch.float16, torch.float32)
+    dtypes = DTYPES if gpu else (torch.float16, torch.float32)  # on CPUs its bf16 may differ
     for dtype, nested, blocksize in itertools.product(dtypes, (True, False), (64, 128, 4096)):
         weight, state = quantize((15, 4096), dtype, blocksize, nested, device)
         want = bnb.functional.dequantize_4bit(weight, state)
@@ -515,9 +516,8 @@ def self_test():
 
 def challenge_reference(weight, state) -> Tensor:
     """The challenge's reference: bitsandbytes' C functions, three launches and a buffer."""
-    from bitsandbytes.functional import get_ptr, lib
-
     nested, int32 = state.state2, ctypes.c_int
+    get_ptr, lib = bnb.functional.get_ptr, bnb.functional.lib
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     absmax = torch.empty(state.absmax.shape, device="cuda")
     tensors = [get_ptr(t) for t in (nested.code, state.absmax, nested.absmax, absmax)]
@@ -567,7 +567,7 @@ def bench() -> dict[str, float]:
         ours, floor = (graph_us(f, shape, torch.bfloat16) for f in (dequantize_nf4, memset))
         print(f"the kernel, {shape} bf16: {ours:.2f} us, memset {floor:.2f}")
         figures[f"kernel_{shape[0]}x{shape[1]}_vs_memset"] = floor / ours
-    pair = check_challenge(1, 64, 256, 256, 0, torch.bfloat16, "cuda")[0]
+    pair = check_challenge(1, 64, 256, 256, 0, torch.bfloat16, "cuda")[0]  # of a Linear4bit
     ours, floor = (wall_us(lambda f=f: f(*pair), 500) for f in (dequantize_nf4, memset))
     print(f"a call's cost to the host: {ours:.1f} us, memset {floor:.1f}")
     return figures

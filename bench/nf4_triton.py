@@ -1,10 +1,11 @@
 """nf4_triton.py beside its peers; what bounds it on other chips; how small 4-bit storage could get.
 
-    python bench/nf4_triton.py                  all timings (a GPU); --only challenge,kernel,host,rows,step
-    python bench/nf4_triton.py --plot PATH      also draws the kernel's rates by size (needs matplotlib)
-    python bench/nf4_triton.py --target sm_75   registers, SASS and what bounds the kernel on a T4
-    python bench/nf4_triton.py --storage        storage bounds of Gaussian weights, or of one tensor:
-                                                --storage FILE.safetensors --tensor NAME
+    python bench/nf4_triton.py                 all timings (a GPU), or some of them:
+                                               --only challenge,kernel,host,rows,step
+    python bench/nf4_triton.py --plot PATH     also draws the kernel's rates by size (matplotlib)
+    python bench/nf4_triton.py --target sm_75  registers, SASS and what bounds the kernel on a T4
+    python bench/nf4_triton.py --storage       storage bounds of Gaussian weights, or of one tensor:
+                                               --storage FILE.safetensors --tensor NAME
 
 Peers are timed if they are installed and give the same bits: bitsandbytes, PEFT, Unsloth.
 """
@@ -113,7 +114,7 @@ def time_host(results: dict, peers: dict) -> None:
 
 
 def time_rows(results: dict, peers: dict) -> None:
-    """Products of few to many rows, 4096 -> 14336, by bitsandbytes' function and the patched one."""
+    """Products of few to many rows, 4096 -> 14336, by the patched function and by stock."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(4096, 14336, bias=None, quant_type="nf4").to("cuda")

@@ -1,4 +1,4 @@
-"""What the test files share. `pytest tests`; `--hypothesis-profile long` for 1000 cases a property."""
+"""What the tests share. `pytest tests`; `--hypothesis-profile long` for 1000 cases a property."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Bits, changes, errors, torch.compile, the patch and machine code of nf4_triton.py.
 
-Where a GPU is needed, CPUs run the same Python with a stand-in for the GPU: tensors that say they are
-on one, and launches that Triton's interpreter carries out at the addresses that are launched.
+Where a GPU is needed, CPUs run the same Python with a stand-in for the GPU: tensors that say they
+are on one, and launches that Triton's interpreter carries out at the addresses that are launched.
 """
 
 import concurrent.futures
@@ -815,6 +815,55 @@ def test_patches_nest_and_are_undone_in_any_order(order):
     assert functions() == stock
 
 
+def test_a_patch_that_others_have_wrapped(monkeypatch):
+    """Of what wraps ours, none is lost and none is called by ours again, in whatever order."""
+    calls, stock, restore = [], bnb.matmul_4bit, monkeypatch.setattr
+    packed, state = bnb.functional.quantize_4bit(torch.randn(96, 64), None, None, 64, True, "nf4")
+    x = torch.randn(5, 64)
+    want = stock(x, packed, state)
+
+    def wrap():
+        inner = bnb.matmul_4bit
+        restore(bnb, "matmul_4bit", lambda *a: calls.append(1) or inner(*a))
+
+    def check(count):
+        calls.clear()
+        assert torch.equal(bnb.matmul_4bit(x, packed, state), want) and len(calls) == count
+
+    try:
+        wrap()  # before
+        first = patch_bitsandbytes()
+        check(1)
+        wrap()
+        second = patch_bitsandbytes()  # within
+        check(2)
+        second.undo()
+        first.undo()
+        check(2)  # ours, wrapped, could not go
+        with patch_bitsandbytes():  # after
+            check(2)
+        assert bnb.functional.dequantize_4bit.__module__ == "bitsandbytes.functional"
+    finally:
+        nf4_triton._matmul_4bit.in_place = False
+
+
+def test_other_devices_are_refused(monkeypatch):
+    class OnXpu(torch.Tensor):
+        device = torch.device("xpu:0")
+
+    weight, state = random_nf4(6, (64, 64), HALF)
+    with pytest.raises(ValueError, match="found it on xpu:0, need an NVIDIA GPU or a CPU"):
+        dequantize_nf4(weight.as_subclass(OnXpu), state)
+
+
+def test_amd_gpus_are_refused_and_their_cpus_are_not(emulated, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    weight, state = random_nf4(6, (64, 64), HALF)
+    assert same_bits(dequantize_nf4(weight, state), numpy_values(weight, state))
+    with pytest.raises(ValueError, match="GPU: found AMD, need NVIDIA"):
+        dequantize_nf4(*on_gpu(weight, state))
+
+
 def test_patched_layers_compile(layer):
     weight, state, bias = layer
     if not torch.cuda.is_available():
@@ -832,7 +881,7 @@ def test_patched_layers_compile(layer):
 
 
 def table_is_shuffled_where_it_is(ttgir):
-    """The table's value depends on the lane: no layout may be converted on its way to the shuffle."""
+    """The table depends on the lane: no layout may be converted on its way to the shuffle."""
     names = set(re.findall(r"(%\w+) = tt.elementwise_inline_asm [^\n]*%laneid", ttgir))
     seen = len(names)
     for result, operation, operand in re.findall(r"(%\w+) = (\S+) (%\w+)", ttgir):
@@ -848,8 +897,8 @@ def table_is_shuffled_where_it_is(ttgir):
 @pytest.mark.parametrize("sm", CHIPS)
 @pytest.mark.parametrize(("words", "warps"), [(512, 4), (1024, 16)])
 def test_machine_code(sm, dtype, words, warps):
-    """No spill, no fused multiply-add, one shuffle a weight, stores of 16 bytes, 64-bit offsets, and
-    on sm_75 bf16 rounded by integers."""
+    """No spill, no fused multiply-add, one shuffle a weight, stores of 16 bytes, 64-bit offsets,
+    and on sm_75 bf16 rounded by integers."""
     compiled = compile_kernel(sm, dtype, words=words, warps=warps)
     wide = r"(%\w+) = tt.get_program_id x[^\n]*\n\s*%\w+ = arith.extsi \1 : i32 to i64"
     assert re.search(wide, compiled.asm["ttir"])  # before it is multiplied: 2^31 weights
