@@ -52,10 +52,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.interpreter import InterpretedFunction
 
 # The NormalFloat4 levels (QLoRA, arXiv 2305.14314, appendix E) as bitsandbytes' kernels hold them.
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
-NF4 += (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
-NF4 += (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
-NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+       -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 # ---- The definition in plain PyTorch; CPU tensors take it
@@ -165,8 +165,8 @@ def compile_kernel(sm, dtype, blocksize=64, blocksize2=256, words=512, warps=4, 
     types = ["*u8" if ragged else "*i32", "*u8" if blocksize2 else "*fp32", *["*fp32"] * 3]
     types += [f"*{dtype}", "i64", *["constexpr"] * 5]
     signature = dict(zip(_nf4_kernel.arg_names, types, strict=True))
-    constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": blocksize2, "WORDS": words}
-    constants |= {"RAGGED": ragged, "SM": sm}
+    constants = {"BLOCKSIZE": blocksize, "BLOCKSIZE2": blocksize2, "WORDS": words,
+                 "RAGGED": ragged, "SM": sm}  # fmt: skip
     aligned = {} if ragged else {(i,): [["tt.divisibility", 16]] for i in range(6)}
     source = ASTSource(_nf4_kernel, signature, constexprs=constants, attrs=aligned)
     # With multiply-adds fused, scales differ from bitsandbytes' in the last bit
@@ -371,8 +371,8 @@ class patch_bitsandbytes(contextlib.AbstractContextManager):
     active: ClassVar[set] = set()
 
     def __init__(self):
-        self.targets = [(bnb, "matmul_4bit", _matmul_4bit)]
-        self.targets += [(bnb.functional, "dequantize_4bit", _dequantize_4bit)]
+        self.targets = ((bnb, "matmul_4bit", _matmul_4bit),
+                        (bnb.functional, "dequantize_4bit", _dequantize_4bit))  # fmt: skip
         self.active.add(self)
         for module, name, ours in self.targets:
             if not getattr(ours, "in_place", False):
@@ -393,8 +393,9 @@ class patch_bitsandbytes(contextlib.AbstractContextManager):
 
 
 # ---- Self-test. Unsloth's challenge of 2025, part A: batch, length, hd, m, seed, dtype
-CHALLENGE = [(2, 3333, 2048, 8192, 3407, torch.float16), (5, 777, 1024, 4096, 3409, torch.bfloat16)]
-CHALLENGE += [(3, 2048, 4096, 14336, 3408, torch.bfloat16)]
+CHALLENGE = ((2, 3333, 2048, 8192, 3407, torch.float16),
+             (5, 777, 1024, 4096, 3409, torch.bfloat16),
+             (3, 2048, 4096, 14336, 3408, torch.bfloat16))  # fmt: skip
 
 
 def quantize(shape, dtype, blocksize=64, nested=True, device="cuda") -> tuple:
@@ -442,8 +443,8 @@ def check_challenge(batch, length, hd, m, seed, dtype, device) -> list[tuple]:
 def self_test():
     """Yields the name of each check once it has passed."""
     device = "cuda" if (gpu := torch.cuda.is_available()) else "cpu"
-    cases = [(2048, 64, True, False), (4096, 32, False, False), (8192, 4096, True, False)]
-    cases += [(2405, 64, True, True), (1, 64, False, True)]
+    cases = ((2048, 64, True, False), (4096, 32, False, False), (8192, 4096, True, False),
+             (2405, 64, True, True), (1, 64, False, True))  # fmt: skip
     for (numel, *quantisation, ragged), dtype in itertools.product(cases, DTYPES):
         pair = quantize((numel,), dtype, *quantisation, "cpu")
         assert same_bits(interpret(*pair, 32, ragged), dequantize_reference(*pair, dtype))

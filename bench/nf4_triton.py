@@ -31,14 +31,26 @@ import nf4_triton as script
 from bench.common import in_turns, instructions, print_header, resources, save, show
 
 PACKED_BYTES = 0.5 + 1 / 64 + 4 / 16384  # read per weight: codes, absmax, absmax2 (64, nested 256)
-SHAPES = {"Llama 1B up": (8192, 2048), "challenge": (4096, 1024), "Llama 8B up": (14336, 4096)}
-SHAPES |= {"Llama 70B up": (28672, 8192), "Llama 1B q": (2048, 2048), "Llama 8B q": (4096, 4096)}
-SHAPES |= {"Llama 70B q": (8192, 8192), "Qwen2.5 7B q": (3584, 3584)}
-SHAPES |= {"Qwen2.5 7B up": (18944, 3584), "Gemma2 9B up": (14336, 3584)}
+SHAPES = {
+    "Llama 1B up": (8192, 2048),
+    "challenge": (4096, 1024),
+    "Llama 8B up": (14336, 4096),
+    "Llama 70B up": (28672, 8192),
+    "Llama 1B q": (2048, 2048),
+    "Llama 8B q": (4096, 4096),
+    "Llama 70B q": (8192, 8192),
+    "Qwen2.5 7B q": (3584, 3584),
+    "Qwen2.5 7B up": (18944, 3584),
+    "Gemma2 9B up": (14336, 3584),
+}
 # Compute capability: published GPU, bytes/s, SMs, boost clock in Hz
-CHIPS = {75: ("T4", 320e9, 40, 1.59e9), 80: ("A100", 2039e9, 108, 1.41e9)}
-CHIPS |= {89: ("L4", 300e9, 58, 2.04e9), 90: ("H200", 4800e9, 132, 1.98e9)}
-CHIPS |= {100: ("B200", 8000e9, 148, 1.96e9)}
+CHIPS = {
+    75: ("T4", 320e9, 40, 1.59e9),
+    80: ("A100", 2039e9, 108, 1.41e9),
+    89: ("L4", 300e9, 58, 2.04e9),
+    90: ("H200", 4800e9, 132, 1.98e9),
+    100: ("B200", 8000e9, 148, 1.96e9),
+}
 
 
 def find_peers() -> dict:
@@ -47,9 +59,13 @@ def find_peers() -> dict:
     import bitsandbytes.functional as bnb
     from peft.utils.integrations import dequantize_bnb_weight
 
-    peers = {"ours": script.dequantize_nf4, "memset": script.memset}
-    peers |= {"reference": script.challenge_reference, "bitsandbytes": bnb.dequantize_4bit}
-    peers["peft"] = lambda weight, state: dequantize_bnb_weight(weight)
+    peers = {
+        "ours": script.dequantize_nf4,
+        "memset": script.memset,
+        "reference": script.challenge_reference,
+        "bitsandbytes": bnb.dequantize_4bit,
+        "peft": lambda weight, state: dequantize_bnb_weight(weight),
+    }
     with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
         import unsloth  # noqa: F401
         from unsloth.kernels.utils import fast_dequantize
@@ -181,8 +197,13 @@ def time_step(results: dict, peers: dict) -> None:
 
 
 # step first: importing Unsloth patches transformers
-TIMINGS = {"step": time_step, "challenge": time_challenge, "kernel": time_kernel}
-TIMINGS |= {"host": time_host, "rows": time_rows}
+TIMINGS = {
+    "step": time_step,
+    "challenge": time_challenge,
+    "kernel": time_kernel,
+    "host": time_host,
+    "rows": time_rows,
+}
 
 
 def draw(results: dict, path: Path) -> None:
