@@ -13,7 +13,7 @@ takes 32-bit words (8 weights of one block each), decodes the scale itself and s
 
 Left out: FP4, AMD and Intel GPUs, and fused 4-bit matmuls, which win for a few rows: all left to
 bitsandbytes by patch_bitsandbytes. Also a prefetch into the L2, worth 1 to 3% of the kernel, and
-Triton's launcher in C, worth 1 us a call, whose arguments differ from 3.6 to 3.7. CPU tensors take
+the C function below Triton's launcher, worth 1 us a call: its arguments vary. CPU tensors take
 the plain reference, the same bits but slow. Run on an H200 and, in Triton's interpreter, on CPUs.
 Not run on a T4, for which it compiles without spills.
 
@@ -217,7 +217,7 @@ def _plan(index, aligned, shape, dtype, blocksize, blocksize2, scales2, scale_by
 
 
 def _dequantize(weight, state, out, dtype) -> Tensor:
-    """The kernel on the current stream; for CPU tensors, and then without `out`, the reference."""
+    """The kernel on the current stream; for CPU tensors the reference, which takes no `out`."""
     index, absmax, nested = weight.get_device(), state.absmax, state.state2
     if index >= 0 and index != _current_device():
         with torch.cuda.device(index):
@@ -226,8 +226,8 @@ def _dequantize(weight, state, out, dtype) -> Tensor:
     code2_ptr = absmax2_ptr = offset_ptr = blocksize2 = scales2 = 0
     if nested is not None:
         absmax2, offset, blocksize2 = nested.absmax, state.offset, nested.blocksize
-        same_device = isinstance(offset, Tensor) and offset.get_device() == index
-        if not same_device or offset.dtype != torch.float32:
+        on_device = isinstance(offset, Tensor) and offset.get_device() == index
+        if not on_device or offset.dtype != torch.float32:
             # Old checkpoints keep a number or a tensor on the CPU. To copy that would synchronise.
             offset = torch.full((), float(offset), dtype=torch.float32, device=weight.device)
         code2_ptr, absmax2_ptr = nested.code.data_ptr(), absmax2.data_ptr()
@@ -334,8 +334,8 @@ class _Linear4bit(torch.autograd.Function):
 
 @functools.cache
 def _few_rows(index: int) -> int:
-    """The rows up to which bitsandbytes multiplies without decoding to memory. On an H200 it takes
-    0.98 to 2.2 times our time at 32 rows, by shape, 1.4 to 1.7 at 64; elsewhere its limit stays."""
+    """Up to so many rows a matmul stays with bitsandbytes, which may multiply without decoding. On
+    an H200 it takes 0.98 to 2.2 of our time at 32 rows, by shape; other GPUs were not measured."""
     return 32 if torch.cuda.get_device_capability(index)[0] in (9, 10) else 512
 
 
@@ -375,8 +375,8 @@ class patch_bitsandbytes(contextlib.AbstractContextManager):
                         (bnb.functional, "dequantize_4bit", _dequantize_4bit))  # fmt: skip
         self.active.add(self)
         for module, name, ours in self.targets:
-            if not getattr(ours, "in_place", False):
-                found = getattr(module, name)
+            found = getattr(module, name)
+            if not getattr(ours, "in_place", False) or found is ours.original:
                 ours.original = getattr(found, "original", found)  # ours of an old import has one
                 ours.in_place = True
                 setattr(module, name, ours)

@@ -847,7 +847,26 @@ def test_a_patch_that_others_have_wrapped(monkeypatch):
         nf4_triton._matmul_4bit.in_place = False
 
 
-def test_other_devices_are_refused(monkeypatch):
+def test_a_patch_that_others_have_replaced(monkeypatch):
+    stock = functions()
+    with monkeypatch.context() as mock:
+        mock.setattr(bnb, "matmul_4bit", stock[0])
+        first = patch_bitsandbytes()
+    assert bnb.matmul_4bit is stock[0]  # the mock put back what it found
+    with patch_bitsandbytes():
+        assert functions() == (nf4_triton._matmul_4bit, nf4_triton._dequantize_4bit)
+        first.undo()
+    assert functions() == stock
+    with monkeypatch.context() as mock:
+        mock.setattr(bnb, "matmul_4bit", stock[0])
+        with patch_bitsandbytes():
+            mock.undo()
+    with patch_bitsandbytes():
+        assert functions() == (nf4_triton._matmul_4bit, nf4_triton._dequantize_4bit)
+    assert functions() == stock
+
+
+def test_other_devices_are_refused():
     class OnXpu(torch.Tensor):
         device = torch.device("xpu:0")
 
