@@ -531,9 +531,11 @@ def _plan(x, weight, trained, chunk=None, budget_mib=None, exact=True) -> _Plan:
     return _Plan(fit(0), half, low and fit(0) < n)
 
 
-def _even(cols):
-    """Columns of a row in memory: 16-byte loads want rows that begin at multiples of 16 bytes."""
-    return -(-cols // 8) * 8
+def _even(cols, x):
+    """Columns of a row in memory: a GPU's 16-byte loads want rows that begin at multiples of 16
+    bytes. None are added on a CPU: oneDNN's bf16 product for AMX reads past the end of a row and
+    multiplies that with 0, which a NaN left there survives (its issue 5717)."""
+    return -(-cols // 8) * 8 if x.is_cuda else cols
 
 
 class _Room:
@@ -546,7 +548,7 @@ class _Room:
         self.gradient = torch.empty_like(self.products, dtype=x.dtype) if other else self.products
 
     def get(self, rows, cols):
-        wide = _even(cols)
+        wide = _even(cols, self.products)
         both = self.products, self.gradient
         return (t[: rows * wide].view(rows, wide)[:, :cols] for t in both)
 
@@ -661,7 +663,7 @@ def _loss_and_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, weig
     loss, stats = torch.zeros(n, device=x.device), _new_stats(n, x.device)
     grads = _new_stats(n, x.device) if policy else None
     cols = _fit(min(PASS_MIB, rows * v * LOGIT_BYTES[x.dtype] / 2**20), n, LOGIT_BYTES[x.dtype], v)
-    room = _Room(max(rows * _even(v), n * _even(cols) if again else 0), x)
+    room = _Room(max(rows * _even(v, x), n * _even(cols, x) if again else 0), x)
     for i, j in _chunks(n, rows):
         p, g = room.get(j - i, v)
         at, part = _Rows(p, g, bias, labels[i:j], 0, v, ignore, head), _slice(stats, i, j)
@@ -710,7 +712,7 @@ def _row_stats(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, head: Seq
     rows = _balanced(n, ROWS)
     cols = _fit(min(PASS_MIB, mib or PASS_MIB), rows, LOGIT_BYTES[x.dtype], v)
     result, live = _new_stats(n, x.device), (labels != ignore).float()
-    room = _Room(rows * _even(cols), x, gradient=False)
+    room = _Room(rows * _even(cols, x), x, gradient=False)
     for i, j in _chunks(n, rows):
         whole, part = _slice(result, i, j), _new_stats(j - i, x.device)
         expected = torch.zeros_like(part.lse)
@@ -752,7 +754,7 @@ def _stats_grads(x: Tensor, weight: Tensor, bias: Maybe, labels: Tensor, lse: Te
     dx = torch.zeros_like(x, dtype=torch.float32 if need_w else None) if need_x else x.new_empty(0)
     dw = torch.zeros_like(weight) if need_w else x.new_empty(0)
     db = torch.zeros(v if need_b else 0, device=x.device)
-    room = _Room(rows * _even(cols), x)
+    room = _Room(rows * _even(cols, x), x)
     for (i, j), (a, b) in itertools.product(_chunks(n, rows), _chunks(v, cols)):
         p, g = room.get(j - i, b - a)
         _mm(x[i:j], w[a:b].t(), p)
@@ -2015,6 +2017,23 @@ def test_largest_tensor_alive():
         assert watch.largest <= n * v // 16, (loss, watch.largest)
 
 
+def test_no_product_on_a_cpu_has_padding_beside_its_rows():
+    class Whole(_Watch):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._opname in ("mm", "addmm", "addmm_"):
+                left = args[-2]
+                assert left.is_contiguous() or left.t().is_contiguous(), (func, left.stride())
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    x, weight, bias, labels = _problem(19, 6, 37, torch.bfloat16)
+    for frozen, loss in itertools.product((0, 1), (linear_cross_entropy, linear_logprobs)):
+        w = weight.detach() if frozen else weight
+        for chunk in (None, 5):
+            with Whole() as watch:
+                loss(x, w, labels, bias=bias, chunk=chunk).sum().backward()
+            assert watch.products >= 2
+
+
 def _tiny(kind="Llama", **options):
     """A small CausalLM of a transformers family, random weights."""
     import transformers
@@ -2364,7 +2383,7 @@ def test_fuzz_broken_arguments_are_refused():
 def _check_rows(device, n, cols, first, vocab, head, mode, dtype, mean, entropy, biased):
     """_row_kernel against _rows_torch on random rows, the first of them ignored."""
     wide = torch.float32 if dtype == torch.float16 else dtype  # fp16 inputs: float32 products
-    products = torch.randn(n, _even(cols), device=device).to(wide)[:, :cols] * 3
+    products = torch.randn(n, cols + -cols % 8, device=device).to(wide)[:, :cols] * 3
     labels = torch.randint(0, vocab, (n,), device=device)
     labels[0], products[0, :3] = IGNORE, math.nan  # of an ignored row nothing is read
     bias = torch.linspace(-1, 1, cols, device=device) if biased else None
