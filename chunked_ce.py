@@ -2018,6 +2018,8 @@ def test_largest_tensor_alive():
 
 
 def test_no_product_on_a_cpu_has_padding_beside_its_rows():
+    """Weight trained or frozen, one chunk or many, a second pass over the vocabulary."""
+
     class Whole(_Watch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func._opname in ("mm", "addmm", "addmm_"):
@@ -2026,12 +2028,14 @@ def test_no_product_on_a_cpu_has_padding_beside_its_rows():
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     x, weight, bias, labels = _problem(19, 6, 37, torch.bfloat16)
-    for frozen, loss in itertools.product((0, 1), (linear_cross_entropy, linear_logprobs)):
-        w = weight.detach() if frozen else weight
-        for chunk in (None, 5):
-            with Whole() as watch:
+    tiny = {"PASS_MIB": 1e-3, "FROZEN_MIB": 1e-3, "LEAN_MIB": 1e-3, "ROWS": 8}
+    lean = functools.partial(linear_cross_entropy, accum_dtype=torch.bfloat16)
+    losses = _general, linear_cross_entropy, lean, linear_logprobs
+    for w, loss, chunk in itertools.product((weight, weight.detach()), losses, (None, 5)):
+        for constants in ({"ROWS": ROWS}, tiny):
+            with _small(**constants), Whole() as watch:
                 loss(x, w, labels, bias=bias, chunk=chunk).sum().backward()
-            assert watch.products >= 2
+            assert watch.products >= 2 + w.requires_grad
 
 
 def _tiny(kind="Llama", **options):
