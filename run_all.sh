@@ -37,7 +37,6 @@ printf '%-14s %-6s %7s  %s\n' script result seconds "checks passed; figures" >re
 failed=0
 for name in "${names[@]}"; do
   start=$SECONDS state=PASS many=$((gpus > 0 ? 4 : cores < 8 ? cores : 8))
-  [[ $name == chunked_ce && $gpus -gt 0 ]] && many=1  # its tests may need most of a GPU
   [[ $name == qlora_fsdp2 ]] && many=$((many < 4 ? 1 : many - 1))  # its tests start ranks
   for phase in "${phases[@]}"; do
     echo "=== $name $phase"
