@@ -465,6 +465,26 @@ def test_what_needs_logits_is_refused(given_batch):
     assert model.eval()(**given_batch).aux_loss > 0
 
 
+def test_hooks_below_an_adapter_are_refused():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    with refused("the head", "hook"):
+        patch_causal_lm(lora(model))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_failed_check_leaves_the_model_as_it_was(hooked, given_batch):
+    model = tiny()
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    if hooked:
+        model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    for _ in range(2):
+        with refused("loss"):
+            patch_causal_lm(model)
+        assert type(model) is transformers.LlamaForCausalLM
+        assert model(**given_batch).logits is not None
+
+
 def test_offloaded_heads_are_refused(given_batch):
     model = patch_causal_lm(tiny())
     model.lm_head.to("meta")
@@ -530,6 +550,14 @@ def test_merged_adapters(given_batch):
         assert_near([model(**given_batch).loss], [stock(**given_batch).loss])
         results.append(model(**given_batch).loss.item())
     assert np.allclose(results, results[0], rtol=1e-4) and model(**given_batch).logits is None
+
+
+def test_merged_adapters_that_are_switched_off():
+    model = lora(tiny())
+    weight = model.get_base_model().lm_head.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(script.head_arguments(model)["weight"], weight)
 
 
 def test_mixed_batches_of_adapters(given_batch):
