@@ -290,7 +290,7 @@ def _matmul(a, b, out, add=False):
 
 
 def _plan(x, weight, trained, chunk, low=False, one_pass=False, split=False):
-    """(tokens of a chunk, dtype in which dW is summed, words of a slice in a second pass; 0: none):
+    """(tokens of a chunk, dtype in which dW is summed, columns of a second pass's slices; 0: none):
     the fastest way that adds the memory of no more than `chunk` tokens' logits (0: see WHOLE). low:
     dW is summed in its own dtype. one_pass: no second one. split: not all tokens at once."""
     n, row_bytes = max(1, len(x)), _even(len(weight), x) * LOGIT_BYTES[x.dtype]
@@ -302,16 +302,16 @@ def _plan(x, weight, trained, chunk, low=False, one_pass=False, split=False):
         rows = n
     else:
         rows = LEAN // row_bytes if low else min(ROWS, WHOLE // row_bytes)
-    rows, words = max(1, min(rows, n)), 0
+    rows, columns = max(1, min(rows, n)), 0
     cast = weight.itemsize == 2 and weight.dtype != x.dtype  # another one than autocast's
     sums = trained and (cast or (rows < n and weight.itemsize == 2 and not low))  # in float32
     if sums and chunk and rows < n and not (cast or one_pass):
-        words = max(1, rows * len(weight) // n)
-        words -= words % min(words, 128)  # round numbers: products of others are slow
+        columns = max(1, rows * len(weight) // n)
+        columns -= columns % min(columns, 128)  # round numbers: products of others are slow
         rows = max(rows, min(n, ROWS, weight.nbytes // row_bytes))  # in dW's memory
     even = -(-n // -(-n // rows))  # a last chunk of few tokens would read all of W, too
     rows = min(rows, -(-even // 8) * 8)
-    return rows, torch.float32 if sums and not words else weight.dtype, words
+    return rows, torch.float32 if sums and not columns else weight.dtype, columns
 
 
 def _even(columns, x) -> int:
@@ -346,12 +346,12 @@ def _for_chunks(x, weight, needs, plan, step):
     step(products, gradient, i, j) gets the products of the tokens i to j and writes their
     gradient; it returns whether there is one.
     """
-    n, v, (need_x, need_w, need_b), (rows, sum_dtype, words) = len(x), len(weight), needs, plan
+    n, v, (need_x, need_w, need_b), (rows, sum_dtype, columns) = len(x), len(weight), needs, plan
     w = weight.to(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     dw = torch.empty(weight.shape, dtype=sum_dtype, device=x.device) if need_w else None
     db = torch.zeros(v, device=x.device) if need_b else None
-    storage = _storage(rows, v, x, dw if words else None)
+    storage = _storage(rows, v, x, dw if columns else None)
     for i in range(0, max(n, 1), rows):  # of no tokens one chunk: gradients of 0
         j = min(n, i + rows)
         products, gradient = _split(storage, j - i, v, x)  # [rows, V]
@@ -360,7 +360,7 @@ def _for_chunks(x, weight, needs, plan, step):
             continue
         if need_x:
             _matmul(gradient, w, dx[i:j])
-        if need_w and not words:
+        if need_w and not columns:
             _matmul(gradient.t(), x[i:j], dw, i > 0)
         if need_b:
             db += gradient.sum(0, dtype=torch.float32)
@@ -405,13 +405,13 @@ def _run(x, weight, bias, labels, stats, coefs, options, row_loss=None):
         return coefs is not None
 
     dx, dw, db = _for_chunks(x, weight, options.needs, plan, step)
-    if words := plan[2]:  # the second pass: a product over all tokens gives rows of dW
+    if columns := plan[2]:  # the second pass: a product over all tokens gives rows of dW
         if fused:
             coefs = torch.cat([coefs[:1] * _public_stats(stats, options.head)[:1], coefs[1:]])
-        storage = _storage(len(x), words, x)
-        for a in range(0, len(weight), words):
-            b = min(len(weight), a + words)
-            products, gradient = _split(storage, len(x), b - a, x)  # [n, words]
+        storage = _storage(len(x), columns, x)
+        for a in range(0, len(weight), columns):
+            b = min(len(weight), a + columns)
+            products, gradient = _split(storage, len(x), b - a, x)  # [n, columns]
             _matmul(x, weight[a:b].to(x.dtype).t(), products)
             rows = _Rows(products, gradient, _part(bias, a, b), labels, a, *rest)
             _run_rows(rows, stats, coefs)
@@ -501,7 +501,7 @@ def _if_needed(needs, grads):
 
 
 def _public_stats(stats, head):
-    """[3, n]: logsumexp, log-probability, mean log-probability."""
+    """[3, n]: logsumexp (the largest logit added), log-probability, mean log-probability."""
     return torch.cat([stats[TOP:LSE] * head[0] + stats[LSE:LOGP], stats[LOGP:]])
 
 
@@ -622,7 +622,7 @@ def _check_result(out, rows, earlier):
     ok = isinstance(out, Tensor) and out.is_floating_point() and out.shape in ((), (rows,))
     if not ok or out.ndim != (earlier[0] if earlier else out).ndim:
         need = f"floats, [{rows}] (a value per token) or [] (their sum), alike for all chunks"
-        raise ValueError(f"fn's result: found {_words(out)}, need {need}")
+        raise ValueError(f"fn's result: found {_describe(out)}, need {need}")
 
 
 def _check_graph(out, leaves):
@@ -645,7 +645,7 @@ def _check_graph(out, leaves):
 # ---- Public functions
 
 
-def _words(found) -> str:
+def _describe(found) -> str:
     """One line for what was found."""
     if isinstance(found, Tensor):
         return f"a {found.dtype} tensor of shape {list(found.shape)} on {found.device}"
@@ -656,12 +656,12 @@ def _check_tensor(name, tensor, shape, device, dtypes=()):
     ok = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.device == device
     if not ok or (dtypes and tensor.dtype not in dtypes):
         need = f"shape {list(shape)} on {device}, {' or '.join(map(str, dtypes)) or 'any dtype'}"
-        raise ValueError(f"{name}: found {_words(tensor)}, need {need}")
+        raise ValueError(f"{name}: found {_describe(tensor)}, need {need}")
 
 
 def _check_number(name, value, low, high=math.inf, kinds=(int, float)):
     if type(value) not in kinds or not low <= value <= high:
-        raise ValueError(f"{name}: found {_words(value)}, need a number from {low} to {high}")
+        raise ValueError(f"{name}: found {_describe(value)}, need a number from {low} to {high}")
 
 
 def _check(x, weight, bias, chunk, labels=False, ignore_index=IGNORE):
@@ -669,13 +669,13 @@ def _check(x, weight, bias, chunk, labels=False, ignore_index=IGNORE):
     is cast later, so that dW keeps W's own dtype."""
     for name, tensor in (("x", x), ("weight", weight)):
         if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not tensor.is_floating_point():
-            raise ValueError(f"{name}: found {_words(tensor)}, need floats [..., D] or [V, D]")
+            raise ValueError(f"{name}: found {_describe(tensor)}, need floats [..., D] or [V, D]")
     kind, shape = x.device.type, (len(weight), x.shape[-1])
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     if 0 in shape or kind not in ("cpu", "cuda") or dtype not in LOGIT_BYTES:
         need = "x [..., D] and weight [V, D] of float32, bfloat16 or float16 on cpu or cuda"
-        raise ValueError(f"x: found {_words(x)} and weight {_words(weight)}, need {need}")
+        raise ValueError(f"x: found {_describe(x)} and weight {_describe(weight)}, need {need}")
     _check_tensor("weight", weight, shape, x.device, LOGIT_BYTES if autocast else (dtype,))
     if bias is not None:
         _check_tensor("bias", bias, shape[:1], x.device, LOGIT_BYTES)
@@ -726,16 +726,16 @@ def memory_efficient_linear(
     dropout). compile=True hands fn, with the upcast before it, to torch.compile. Inside a caller's
     torch.compile this is a graph break.
     chunk: tokens at a time, default as many as fill 1 GiB at 16 bytes a logit, with products over
-    more (see WHOLE). Memory beyond the gradients: chunk * V logits at LOGIT_BYTES and what fn takes
-    for them; W trained in 16 bits in several chunks: dW's float32 sum, 4 * V * D bytes; in autocast
-    W's 16-bit copy.
+    as many more as WHOLE and FROZEN say. Memory beyond the gradients: chunk * V logits at
+    LOGIT_BYTES and what fn takes for them; W trained in 16 bits in several chunks: dW's float32
+    sum, 4 * V * D bytes; in autocast W's 16-bit copy.
     Raises ValueError or TypeError on input that does not fit, and where fn detaches its result or
     uses tensors that require grad and are not arguments of it.
     """
     flat, _, chunk = _check(x, weight, bias, chunk)
     head, args = _head(logit_scale, softcap), [*per_token]
     if not callable(fn):
-        raise TypeError(f"fn: found {_words(fn)}, need a function of logits")
+        raise TypeError(f"fn: found {_describe(fn)}, need a function of logits")
     for k, a in enumerate(args):
         if isinstance(a, Tensor) and a.ndim:
             rest = a.shape[x.ndim - 1 :]
@@ -780,8 +780,8 @@ def linear_cross_entropy(
     x [..., D], weight [V, D], bias [V] in float32, bfloat16 or float16 (or cast by autocast),
     labels [...] int64 or int32, already shifted. Logits: softcap * tanh(logit_scale * product /
     softcap). A token's loss: smoothed cross-entropy + z_loss * logsumexp**2. reduction "mean"
-    divides the sum by the number of labels that are not ignore_index (none: loss and gradients 0),
-    or by num_items (a number or a tensor without synchronisation), as transformers does.
+    divides the sum by the number of labels that are not ignore_index (none: loss and gradients 0);
+    num_items, a number or a tensor, divides it instead, as transformers does.
 
     Memory beyond the gradients. With chunk: chunk * V logits at LOGIT_BYTES, whatever is trained; a
     16-bit W costs one more product then. Without it the fastest: W frozen FROZEN bytes; trained
@@ -967,7 +967,8 @@ def head_arguments(model) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = base.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None)
-    if scale is None and getattr(text, "logits_scaling", None):  # Granite divides by it
+    # Granite divides by logits_scaling, HyperCLOVA X multiplies
+    if scale is None and getattr(text, "logits_scaling", None):
         scale = text.logits_scaling ** (1 if text.model_type == "hyperclovax" else -1)
     weight, bias = _head_weight(base.get_output_embeddings())
     softcap = getattr(text, "final_logit_softcapping", None)
@@ -1013,7 +1014,7 @@ def patch_causal_lm(model, check: bool = True, loss=None, eval_logits: bool = Tr
     the model's own forward; with eval_logits=False evaluation with labels forms no logits either,
     and returns `predictions`, their argmax [B, T], which Trainer hands to compute_metrics. The head
     is looked at in each call, see head_arguments. loss: a function to call in place of
-    linear_cross_entropy, a compiled one say.
+    linear_cross_entropy, with (hidden, labels=, ignore_index=, num_items=, **head_arguments).
     `check` runs one short batch through both forwards and raises ValueError if the losses differ:
     the model then does something else with its logits. Returns model, whose class is now a subclass
     of its own: copies, pickles and replicas of it are patched; `del model.forward` (of PEFT's,
@@ -1026,7 +1027,8 @@ def patch_causal_lm(model, check: bool = True, loss=None, eval_logits: bool = Tr
     if not hasattr(base, "_chunked"):
         hooked = vars(base).get("forward")
         if hooked is not None and not hasattr(base, "_hf_hook"):
-            raise ValueError(f"model: found its forward replaced by {_words(hooked)}, need its own")
+            found = f"its forward replaced by {_describe(hooked)}"
+            raise ValueError(f"model: found {found}, need its class's")
         base.__class__ = _patched_class(type(base))
         if hooked is not None:  # accelerate's hook calls the forward that it found
             base._old_forward = types.MethodType(type(base).forward, base)
@@ -1086,7 +1088,7 @@ def _forward(self, labels, shift_labels=None, num_items_in_batch=None, ignore_in
     changed = self.loss_function is not self._chunked["replaces"]
     if router or changed or isinstance(logits_to_keep, Tensor) or logits_to_keep:
         found = f"output_router_logits {router}, loss_function changed {changed}"
-        found = f"logits_to_keep {_words(logits_to_keep)}, {found}"
+        found = f"logits_to_keep {_describe(logits_to_keep)}, {found}"
         raise ValueError(f"forward: found {found}, need none of it where no logits are formed")
     outputs = _body(self)(**given, return_dict=True)
     head = head_arguments(self)  # as it is now
