@@ -782,6 +782,21 @@ def test_autocast_to_another_16_bit_dtype(reduction, chunk):
     near([out, *grads], [want, *gradients(want, exact)], own)
 
 
+def test_z_loss_over_slices_of_the_vocabulary():
+    x, weight, _, labels = problem(60, 16, 101, BF16)
+
+    def naive(x, weight):
+        logits = x @ weight.t()
+        logits = logits.float() if x.dtype == BF16 else logits
+        live = labels != IGNORE
+        return F.cross_entropy(logits, labels) + (logits.logsumexp(1) ** 2)[live].mean() / 2
+
+    exact = in_double((x, weight))
+    ours = linear_cross_entropy(x, weight, labels, z_loss=0.5, chunk=8)
+    pairs = (ours, (x, weight)), (naive(*exact), exact), (naive(x, weight), (x, weight))
+    near(*([out, *gradients(out, given)] for out, given in pairs))
+
+
 def test_entropy_of_masked_words_has_gradients():
     x, weight, bias, labels = problem()
     bias = bias.detach().masked_fill(torch.arange(37) > 29, -math.inf)
