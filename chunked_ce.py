@@ -660,7 +660,7 @@ def _check_tensor(name, tensor, shape, device, dtypes=()):
 
 
 def _check_number(name, value, low, high=math.inf, kinds=(int, float)):
-    if type(value) not in kinds or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         raise ValueError(f"{name}: found {_describe(value)}, need a number from {low} to {high}")
 
 
@@ -680,9 +680,9 @@ def _check(x, weight, bias, chunk, labels=False, ignore_index=IGNORE):
     if bias is not None:
         _check_tensor("bias", bias, shape[:1], x.device, LOGIT_BYTES)
     if chunk is not None:
-        _check_number("chunk", chunk, 1, kinds=(int,))
+        _check_number("chunk", chunk, 1, kinds=int)
     if labels is not False:
-        _check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, kinds=(int,))
+        _check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, kinds=int)
         _check_tensor("labels", labels, x.shape[:-1], x.device, (torch.int64, torch.int32))
         labels = labels.reshape(-1)
         if ignore_index != IGNORE:
@@ -778,10 +778,11 @@ def linear_cross_entropy(
     """F.cross_entropy of the logits x @ weight.T + bias, float32 [] or, for "none", [...].
 
     x [..., D], weight [V, D], bias [V] in float32, bfloat16 or float16 (or cast by autocast),
-    labels [...] int64 or int32, already shifted. Logits: softcap * tanh(logit_scale * product /
-    softcap). A token's loss: smoothed cross-entropy + z_loss * logsumexp**2. reduction "mean"
-    divides the sum by the number of labels that are not ignore_index (none: loss and gradients 0);
-    num_items, a number or a tensor, divides it instead, as transformers does.
+    labels [...] int64 or int32, already shifted. With softcap the logits are softcap *
+    tanh(logit_scale * (product + bias) / softcap). A token's loss: smoothed cross-entropy + z_loss
+    * logsumexp**2. reduction "mean" divides the sum by the number of labels that are not
+    ignore_index (none: loss and gradients 0); num_items, a number or a tensor, divides it instead,
+    as transformers does.
 
     Memory beyond the gradients. With chunk: chunk * V logits at LOGIT_BYTES, whatever is trained; a
     16-bit W costs one more product then. Without it the fastest: W frozen FROZEN bytes; trained
@@ -890,10 +891,10 @@ def grpo_loss(
     accumulation steps yourself. Level "sequence" takes one ratio for a sequence (GSPO); that, fp16
     and torch.compile cost a fourth product. Raises ValueError on input that does not fit.
     """
-    numbers = {"beta": beta, "epsilon": epsilon, "sapo_temperature_pos": sapo_temperature_pos,
-               "sapo_temperature_neg": sapo_temperature_neg}  # fmt: skip
-    for name, value in numbers.items():
-        _check_number(name, value, 0)
+    _check_number("beta", beta, 0)
+    _check_number("epsilon", epsilon, 0)
+    _check_number("sapo_temperature_pos", sapo_temperature_pos, 1e-9)
+    _check_number("sapo_temperature_neg", sapo_temperature_neg, 1e-9)
     if loss_type not in LOSS_TYPES or importance_sampling_level not in ("token", "sequence"):
         found = f"{loss_type} and {importance_sampling_level}"
         raise ValueError(f"loss_type, level: found {found}, need {LOSS_TYPES}, token or sequence")
@@ -977,7 +978,8 @@ def head_arguments(model) -> dict[str, Any]:
 
 def _head_weight(head):
     layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in {head, layer})
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooks = sum(len(getattr(module, kind)) for module in {head, layer} for kind in kinds)
     if hasattr(head, "modules_to_save") and not hooks:  # PEFT's full copy
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         off = head.disable_adapters or not active
@@ -1262,10 +1264,9 @@ def self_test():
     logp = torch.log_softmax(x.double() @ weight.double().t(), -1).gather(-1, index)[..., 0]
     old, ref = logp.detach().float() - 0.1, logp.detach().float() + 0.3
     ratio, gap, scale = torch.exp(logp - old), ref - logp, advantages[:, None]
-    losses = torch.minimum(ratio * scale, ratio.clamp(0.8, 1.2) * scale) - 0.04 * (
-        gap.exp() - gap - 1
-    )
-    want = -((losses * mask).sum(1) / mask.sum(1)).mean()
+    losses = 0.04 * (gap.exp() - gap - 1)
+    losses = losses - torch.minimum(ratio * scale, ratio.clamp(0.8, 1.2) * scale)
+    want = ((losses * mask).sum(1) / mask.sum(1)).mean()
     rest = {"old_logprobs": old, "ref_logprobs": ref, "beta": 0.04, "chunk": 5}
     ours = grpo_loss(x, weight, labels, advantages, mask, **rest)
     assert_near(results(ours, inputs), results(want, inputs))

@@ -1029,6 +1029,7 @@ def test_errors_of_grpo():
         ("ref_logprobs", {"ref_logprobs": ref[:, 1:], "beta": 0.1}),
         ("temperature", {"temperature": 0}),
         ("softcap", {"softcap": -1}),
+        ("sapo_temperature_neg", {"loss_type": "sapo", "sapo_temperature_neg": 0.0}),
         ("chunk", {"chunk": 0}),
     ):
         refused(words, grpo_loss, x, weight, labels, advantages, mask, **option)

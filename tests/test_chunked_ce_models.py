@@ -354,7 +354,15 @@ def test_generation(given_batch):
 # ---- A patched model that changes afterwards
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
 def test_hooks_on_the_head_are_refused(register, given_batch):
     model = patch_causal_lm(tiny())
     handle = getattr(model.lm_head, register)(lambda *_: None)
