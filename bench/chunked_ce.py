@@ -274,22 +274,12 @@ def sweep(results: dict, path: Path) -> None:
 
 def compile_kernel(capability: int, dtype: str, options: bool, stats: bool, grads: bool):
     """_row_kernel for a chip; needs no GPU. options: bias, softcap and mean."""
-    wide = "fp32" if dtype == "fp16" else dtype
-    block, warps = (16384, 32) if wide == "bf16" else (4096, 16)
+    block, warps = (4096, 16) if dtype == "fp32" else (16384, 32)
     names = script._row_kernel.arg_names
-    types = [
-        f"*{wide}",
-        f"*{dtype}",
-        "*fp32",
-        "*i64",
-        "*fp32",
-        "*fp32",
-        *["i32"] * 7,
-        *["fp32"] * 3,
-    ]
+    types = [f"*{dtype}", "*fp32", "*i64", "*fp32", "*fp32", *["i32"] * 5, "fp32", "fp32"]
     constants = [-100, options, options, stats, grads, options, block]
     signature = dict(zip(names, types + ["constexpr"] * 7, strict=True))
-    divisible = {(k,): [["tt.divisibility", 16]] for k in range(11)}
+    divisible = {(k,): [["tt.divisibility", 16]] for k in range(9)}
     constants = dict(zip(names[-7:], constants, strict=True))
     source = ASTSource(script._row_kernel, signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", capability, 32)

@@ -650,17 +650,14 @@ def test_saved_checkpoints_are_stock(tmp_path, given_batch):
     assert type(model).from_pretrained(tmp_path).lm_head.weight.equal(model.lm_head.weight)
 
 
-def test_the_patch_is_undone_and_done_once(given_batch):
+def test_the_patch_is_done_once(given_batch):
     model = tiny()
-    kind, attributes = type(model), {*vars(model)}
+    kind = type(model)
     patch_causal_lm(model)
     once = type(model)
     assert patch_causal_lm(model) is model and type(model) is once and isinstance(model, kind)
     assert once.__name__ == kind.__name__ and once.__module__ == kind.__module__
-    del model.forward
-    assert type(model) is kind and {*vars(model)} == attributes
-    assert model(**given_batch).logits is not None
-    assert patch_causal_lm(model)(**given_batch).logits is None
+    assert model(**given_batch).logits is None
 
 
 def test_the_signature_is_kept(given_batch):
