@@ -305,6 +305,7 @@ def _for_chunks(x, weight, needs, rows, sum_dtype, step, memory=None):
             _matmul(products.t(), x[i:j], dw, i > 0)
         if need_b:
             db += products.sum(0, dtype=torch.float32)
+    del memory, products  # before dW's copy
     return dx, None if dw is None else dw.to(weight.dtype), db
 
 
@@ -611,7 +612,6 @@ def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=None, ignore_i
     if chunk is not None:
         _check_number("chunk", chunk, 1, kinds=int)
     if labels is not None:
-        _check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, kinds=int)
         _check_tensor("labels", labels, x.shape[:-1], x.device, (torch.int64, torch.int32))
         labels = labels.reshape(-1).contiguous()
         if ignore_index != IGNORE:
@@ -725,11 +725,11 @@ def linear_cross_entropy(
 
 def _divisor(num_items, x):
     """0 items, a batch without labels, divide nothing."""
-    if not isinstance(num_items, Tensor):
-        _check_number("num_items", num_items, 0)
-        return num_items or 1
-    num_items = num_items.reshape(()).to(x.device)
-    return torch.where(num_items == 0, 1, num_items)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(()).to(x.device)
+        return num_items + (num_items == 0)
+    _check_number("num_items", num_items, 0)
+    return num_items or 1
 
 
 def linear_logsumexp(
@@ -926,9 +926,7 @@ def patch_causal_lm(model, check: bool = True, loss=None, eval_logits: bool = Tr
     hooked, patched = vars(base).get("forward"), type(base)
     if not hasattr(base, "_chunked"):
         if hooked is not None and not hasattr(base, "_hf_hook"):
-            raise _error(
-                "model", f"its forward replaced by a {type(hooked).__name__}", "its class's"
-            )
+            raise _error("model", "its forward replaced", "its class's")
         patched = _patched_class(type(base))
     settings = {"loss": loss, "eval_logits": eval_logits, "replaces": base.loss_function}
     if check:
@@ -1024,9 +1022,7 @@ def _check_patch(base, patched, settings):
     spread, eps = stock.logits.float().std(), torch.finfo(stock.logits.dtype).eps
     if not (stock.loss - ours.loss).abs() <= 4 * eps * spread + 1e-4:
         found = f"{type(base).__name__} with a loss of {ours.loss:.4f} for {stock.loss:.4f}"
-        raise _error(
-            "model", found, "a linear head, scaled as configured, a loss of shifted labels"
-        )
+        raise _error("model", found, "a linear head, scaled as configured, and shifted labels")
 
 
 # ---- Self-test
