@@ -286,11 +286,9 @@ def _for_chunks(x, weight, needs, rows, sum_dtype, step, memory=None):
     step(products, i, j) gets the products of the tokens i to j and writes their gradient over them;
     it returns whether it did. memory: for the products, if there is enough of it.
     """
-    n, v, (need_x, need_w, need_b) = len(x), len(weight), needs
+    n, v, (need_x, need_w, need_b) = len(x), len(weight), needs[:3]
     w = weight.to(x.dtype)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    dw = torch.empty(weight.shape, dtype=sum_dtype, device=x.device) if need_w else None
-    db = torch.zeros(v, device=x.device) if need_b else None
+    dx = dw = db = None
     if memory is None or memory.numel() < rows * _padded(v, x):
         memory = torch.empty(rows * _padded(v, x), dtype=x.dtype, device=x.device)
     for i in range(0, max(n, 1), rows):  # of no tokens one chunk: gradients of 0
@@ -300,11 +298,14 @@ def _for_chunks(x, weight, needs, rows, sum_dtype, step, memory=None):
         if not step(products, i, j):
             continue
         if need_x:
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if i == 0 else dx
             _matmul(products, w, dx[i:j])
         if need_w:
+            dw = torch.empty(weight.shape, dtype=sum_dtype, device=x.device) if i == 0 else dw
             _matmul(products.t(), x[i:j], dw, i > 0)
         if need_b:
-            db += products.sum(0, dtype=torch.float32)
+            found = products.sum(0, dtype=torch.float32)
+            db = found if db is None else db + found
     del memory, products  # before dW's copy
     return dx, None if dw is None else dw.to(weight.dtype), db
 
@@ -379,7 +380,7 @@ def _(x, weight, bias, labels, stats, coefs, scale, cap, mean, chunk, low, needs
     shapes = (4, x.shape[0]), x.shape, weight.shape, weight.shape[:1]
     dtypes = torch.float32, x.dtype, weight.dtype, torch.float32
     each = zip(shapes, dtypes, [stats is None, *needs], strict=True)
-    return tuple(x.new_empty(shape if want else (0,), dtype=kind) for shape, kind, want in each)
+    return tuple(x.new_empty(shape, dtype=t) if want else x.new_empty(0) for shape, t, want in each)
 
 
 def _compute(x, weight, bias, labels, stats, coefs, options):
@@ -515,45 +516,49 @@ def _call_compiled(fn, *rest):
         return _compiled(getattr(inner, "__code__", type(inner)))(fn, *rest)
 
 
-def _any_loss(call, args, places, options, upstream, x, weight, bias, *trained):
+def _any_loss(call, args, places, options, upstream, x, weight, bias, *tensors):
     """call's values, or the sum of its scalars, over chunks of tokens; gradients by autograd.
-    args[places] are `trained`."""
-    need = any(options.needs) or bool(places)
+    args[places] are `tensors`; options.needs go on with theirs."""
+    needs, outs, grads_of_tensors = options.needs, [], [[] for _ in tensors]
     bias = None if bias is None else bias.detach()  # its gradient is the products'
-    outs, grads_of_args = [], [[] for _ in places]
+
+    def is_due(out):
+        # A scalar's gradients now; values', and fp16's, in the backward pass: they want its scale
+        late = out.ndim or x.dtype == torch.float16
+        return any(needs) and (upstream is not None or not late)
 
     def step(products, i, j):
         for a in range(i, max(j, i + 1), options.chunk or FUNCTION):  # of no tokens once
             b = min(j, a + (options.chunk or FUNCTION))
-            part = [_part(arg, a, b) for arg in args]
-            leaves = [products[a - i : b - i].detach(), *(part[k].detach() for k in places)]
-            leaves = [leaf.requires_grad_(need) for leaf in leaves]
-            for k, leaf in zip(places, leaves[1:], strict=True):
-                part[k] = leaf
-            out = call(leaves[0], bias, part)
+            part, products_part = [*args], products[a - i : b - i].detach()
+            for k, tensor, need in zip(places, tensors, needs[3:], strict=True):
+                part[k] = _part(tensor, a, b).detach().requires_grad_(need)
+            leaves = [products_part.requires_grad_(any(needs)), *(part[k] for k in places)]
+            leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            out = call(products_part, bias, part)
             _check_result(out, b - a, outs)
             _check_graph(out, leaves)
             outs.append(out.detach())
-            # Of a scalar's gradients those in fp16 wait for the backward, and its loss scale
-            late = out.ndim or x.dtype == torch.float16
-            if not need or (upstream is None and late):
+            if not is_due(out):
                 continue
             if not out.requires_grad:
                 raise _error("fn's result", "it detached from the logits", "autograd through fn")
             seed = torch.ones_like(out) if upstream is None else _part(upstream, a, b).to(out.dtype)
-            by_products, *by_args = torch.autograd.grad(out, leaves, seed, materialize_grads=True)
-            leaves[0].data.copy_(by_products)
-            for found, new in zip(grads_of_args, by_args, strict=True):
-                found.append(new)
-        return need and not (upstream is None and late)
+            grads = [*torch.autograd.grad(out, leaves, seed, materialize_grads=True)]
+            products_part.data.copy_(grads.pop(0))
+            for found, need in zip(grads_of_tensors, needs[3:], strict=True):
+                if need:
+                    found.append(grads.pop(0))
+        return is_due(out)
 
-    plan = _plan(x, weight, options.needs[1], options.chunk)
-    grads = [*_for_chunks(x, weight, options.needs, *plan, step)]
+    plan = _plan(x, weight, needs[1], options.chunk)
+    grads = [*_for_chunks(x, weight, needs, *plan, step)]
     value = torch.cat(outs) if outs[0].ndim else torch.stack(outs).sum()
-    if not need or (upstream is None and (value.ndim or x.dtype == torch.float16)):
+    if not is_due(value):
         return value, None, []
-    for tensor, found in zip(trained, grads_of_args, strict=True):
-        grads.append(torch.cat(found) if tensor.ndim else torch.stack(found).sum(0))
+    for tensor, found in zip(tensors, grads_of_tensors, strict=True):
+        whole = torch.cat if tensor.ndim else lambda each: torch.stack(each).sum(0)
+        grads.append(whole(found) if found else None)
     return value, grads, []
 
 
@@ -567,14 +572,16 @@ def _check_result(out, rows, outs):
 def _check_graph(out, leaves):
     """fn's result must reach no tensor with a gradient that was not given to it."""
     todo, seen, given = [out.grad_fn], set(), {id(leaf) for leaf in leaves}
+    found = "a tensor that requires grad inside fn, whose gradient would be lost"
+    lost = out.requires_grad and out.is_leaf and id(out) not in given
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-            if hasattr(node, "variable") and id(node.variable) not in given:
-                found = "a tensor that requires grad inside fn, whose gradient would be lost"
-                raise _error("fn", found, "it handed over as a per-token argument")
+            lost |= hasattr(node, "variable") and id(node.variable) not in given
+    if lost:
+        raise _error("fn", found, "it handed over as a per-token argument")
 
 
 # ---- Public functions
@@ -592,7 +599,11 @@ def _check_number(name, value, low, high=math.inf, kinds=(int, float)):
         raise _error(name, value, f"a number from {low} to {high}")
 
 
-def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=None, ignore_index=IGNORE,
+def _needs(tensors):
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+
+
+def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=IGNORE, ignore_index=IGNORE,
              temperature=1.0, mean=False, low=False):  # fmt: skip
     """Checks. ((x [n, D] in the dtype of the products, weight, bias, labels [n]), _Options). W is
     cast later, so that dW keeps W's own dtype."""
@@ -604,27 +615,25 @@ def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=None, ignore_i
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     if dtype not in DTYPES:
         raise _error("x", x, need)
-    vocab = len(weight) if isinstance(weight, Tensor) and weight.numel() else 1
+    vocab = len(weight) if isinstance(weight, Tensor) and weight.ndim and weight.numel() else 1
     dtypes = DTYPES if autocast else (dtype,)
     _check_tensor("weight", weight, (vocab, x.shape[-1]), x.device, dtypes)
     if bias is not None:
         _check_tensor("bias", bias, (vocab,), x.device, DTYPES)
     if chunk is not None:
         _check_number("chunk", chunk, 1, kinds=int)
-    if labels is not None:
+    if labels is not IGNORE:
         _check_tensor("labels", labels, x.shape[:-1], x.device, (torch.int64, torch.int32))
         labels = labels.reshape(-1).contiguous()
         if ignore_index != IGNORE:
-            labels = torch.where(labels == IGNORE, -1, labels)  # no label, as any that is negative
-            labels = torch.where(labels == ignore_index, IGNORE, labels)
+            others = labels.where(labels != IGNORE, -1)  # no label, as any that is negative
+            labels = torch.where(labels == ignore_index, IGNORE, others)
     _check_number("logit_scale", logit_scale, 1e-9)
     _check_number("temperature", temperature, 1e-9)
     if softcap is not None:
         _check_number("softcap", softcap, 1e-9, 1e4)  # tanh is exact to 6e-8: times that
     head = logit_scale / temperature, (softcap or 0.0) / temperature
-    trained = [t is not None and t.requires_grad and torch.is_grad_enabled()
-               for t in (x, weight, bias)]  # fmt: skip
-    options = _Options(*head, mean, chunk or 0, low, trained)
+    options = _Options(*head, mean, chunk or 0, low, _needs((x, weight, bias)))
     return (x.reshape(-1, x.shape[-1]).to(dtype), weight, bias, labels), options
 
 
@@ -657,14 +666,14 @@ def memory_efficient_linear(
     (flat, *_), options = _prepare(x, weight, bias, chunk, softcap, logit_scale)
     if not callable(fn):
         raise TypeError(str(_error("fn", fn, "a function of logits")))
-    args, places = [*per_token], []
-    for k, a in enumerate(args):
-        if isinstance(a, Tensor) and a.ndim:
-            rest = a.shape[x.ndim - 1 :]
-            _check_tensor(f"per-token argument {k}", a, (*x.shape[:-1], *rest), x.device)
-            args[k] = a.reshape(-1, *rest)
-        if isinstance(a, Tensor) and a.requires_grad and torch.is_grad_enabled():
-            places.append(k)
+    args, places = [*per_token], [k for k, a in enumerate(per_token) if isinstance(a, Tensor)]
+    for k in places:
+        if args[k].ndim:
+            rest = args[k].shape[x.ndim - 1 :]
+            _check_tensor(f"per-token argument {k}", args[k], (*x.shape[:-1], *rest), x.device)
+            args[k] = args[k].reshape(-1, *rest)
+    tensors = [args[k] for k in places]  # autograd saves them, and sees if they change
+    options = options._replace(needs=[*options.needs, *_needs(tensors)])
     kind, grad_mode, head = x.device.type, torch.is_grad_enabled(), (options.scale, options.cap)
     autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
@@ -673,7 +682,7 @@ def memory_efficient_linear(
             return (_call_compiled if compile else _logits_then)(fn, products, bias, head, args)
 
     compute = functools.partial(_any_loss, call, args, places, options)
-    out = _Chunked.apply(compute, flat, weight, bias, *(args[k] for k in places))
+    out = _Chunked.apply(compute, flat, weight, bias, *tensors)
     return out.reshape(x.shape[:-1]) if out.ndim else out
 
 
@@ -790,7 +799,7 @@ def grpo_loss(
         raise _error("importance_sampling_level", importance_sampling_level, "token or sequence")
     _check_number("beta", beta, 0)
     _check_number("epsilon", epsilon, 0)
-    if advantages.shape == shape[:1]:
+    if getattr(advantages, "shape", None) == shape[:1]:
         advantages = advantages[:, None].expand(shape)
     if ratio is not None and ratio.shape == (shape[0], 1):
         ratio = ratio.expand(shape)
@@ -798,7 +807,8 @@ def grpo_loss(
     given = {"mask": mask, "advantages": advantages, "old_logprobs": old_logprobs,
              "ref_logprobs": ref_logprobs, "importance_sampling_ratio": ratio}  # fmt: skip
     for name, tensor in given.items():
-        if tensor is not None or name == "mask" or (beta and name == "ref_logprobs"):
+        needed = name in ("mask", "advantages") or (beta and name == "ref_logprobs")
+        if needed or tensor is not None:
             _check_tensor(name, tensor, shape, x.device)
     ids = labels.where(mask != 0, IGNORE)
     arguments = x, weight, bias, chunk, softcap, logit_scale, ids, IGNORE, temperature
@@ -920,7 +930,8 @@ def patch_causal_lm(model, check: bool = True, loss=None, eval_logits: bool = Tr
     of its own: copies, pickles and replicas of it are patched.
     """
     base = _base(model)
-    if _body(base) is None or not callable(getattr(base, "get_output_embeddings", None)):
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    if _body(base) is None or head is None:
         raise _error("model", type(base).__name__, "a transformers CausalLM")
     head_arguments(base)
     hooked, patched = vars(base).get("forward"), type(base)

@@ -407,6 +407,7 @@ def test_a_tensor_that_fn_closes_over_is_refused(caller):
         lambda logits, y: sum_nll(logits * product, y),
         lambda logits, y: sum_nll(layer(logits), y),
     )
+    functions += (lambda logits, y: heat,)
     on = caller == "compile=True"
     for fn, frozen in itertools.product(functions, (False, True)):
         inputs = [t.detach().requires_grad_(not frozen) for t in (x, weight)]
@@ -555,6 +556,18 @@ def test_a_common_offset_loses_no_digits(device):
             lambda x, w, b: naive_logprobs(x, w, labels, b)[0], inputs, tolerance=2e-6)  # fmt: skip
     same_as(lambda x, w, b: memory_efficient_linear(x, w, sum_nll, labels, bias=b),
             lambda x, w, b: sum_nll(x @ w.t() + b, labels), inputs, tolerance=2e-6)  # fmt: skip
+
+
+def test_arguments_of_any_function_are_not_changed_before_the_backward():
+    """As any saved tensor: else its gradients would be of other values."""
+    x, weight, _, labels = problem()
+    weights = torch.rand(23)
+    values = lambda logits, y, weights: each_nll(logits, y) * weights
+    for changed in (labels, weights):
+        out = memory_efficient_linear(x, weight, values, labels, weights)
+        changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 def test_without_gradients_any_function_will_do(device):
@@ -717,6 +730,20 @@ def test_compiled_callers_have_one_graph_for_all_lengths(name):
                 inputs = (part, w) if w.requires_grad else (part,)
                 outs = [way(part, w, y) for way in (lengths, loss)]
                 near(*([out, *gradients(out, inputs)] for out in outs))
+
+
+def test_the_operator_says_what_it_returns():
+    """To torch.compile: shapes and dtypes, of what is not needed, too."""
+    x, weight, _, labels = problem(dtype=BF16)
+    stats, coefs = torch.zeros(4, 23), torch.ones(4, 23)
+    for needs, known, factors in (
+        ((False, False, False), None, None),
+        ((True, True, False), None, coefs),
+        ((True, False, True), stats, coefs),
+    ):
+        arguments = x, weight, None, labels, known, factors, 1.0, 0.0, True, 8, False, needs
+        tests = "test_schema", "test_faketensor"
+        torch.library.opcheck(torch.ops.chunked_ce.rows.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -931,6 +958,16 @@ def test_memory_is_what_the_docstrings_say(dtype, trained):
     assert not over, over
 
 
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_a_forward_pass_has_no_gradients_memory(dtype):
+    """Of values, and in fp16: their gradients are computed in the backward pass."""
+    n, d, v, chunk = 512, 128, 8192, 16
+    x, weight, _, labels = problem(n, d, v, dtype)
+    for fn in (each_nll, sum_nll) if dtype == HALF else (each_nll,):
+        peak = peak_bytes(lambda fn=fn: general(x, weight, labels, fn, chunk=chunk))
+        assert chunk * v * 2 < peak < chunk * v * (2 + 6 * 4), fn
+
+
 def test_largest_tensor_alive():
     n, d, v = 512, 16, 4096
     x, weight, _, labels = problem(n, d, v)
@@ -961,7 +998,8 @@ def test_errors_name_what_was_found_and_needed():
         ("weight", x, weight.bfloat16(), labels), ("weight", x, weight.to("meta"), labels),
         (either, x[:, :0], weight[:, :0], labels), (either, x, weight[:0], labels),
         ("labels", x, weight, labels[1:]), ("labels", x, weight, labels.float()),
-        ("labels", x, weight, far), ("labels", x, weight, far - 38),
+        ("labels", x, weight, far), ("labels", x, weight, far - 38), ("labels", x, weight, None),
+        ("weight", x, weight[0, 0], labels), ("weight", x, None, labels),
     ):  # fmt: skip
         for function in (linear_cross_entropy, linear_logprobs, linear_logsumexp):
             refused(words, function, *arguments)
@@ -976,6 +1014,7 @@ def test_errors_name_what_was_found_and_needed():
     ):  # fmt: skip
         refused(words, linear_cross_entropy, x, weight, labels, **option)
     refused("temperature", linear_logprobs, x, weight, labels, temperature=0)
+    refused("labels", linear_cross_entropy, x, weight, labels, ignore_index=-1)  # -100 is none then
 
 
 def test_errors_of_any_function():
@@ -1009,7 +1048,9 @@ def test_errors_of_grpo():
     ):
         refused(words, grpo_loss, x, weight, labels, advantages, mask, **option)
     refused("advantages", grpo_loss, x, weight, labels, advantages[1:], mask)
+    refused("advantages", grpo_loss, x, weight, labels, None, mask)
     refused("mask", grpo_loss, x, weight, labels, advantages, mask[1:])
+    refused("mask", grpo_loss, x, weight, labels, advantages, None)
     refused("labels", grpo_loss, x, weight, labels[1:], advantages, mask)
     for option in ({"loss_type": "ppo"}, {"importance_sampling_level": "word"}):
         with pytest.raises(ValueError, match="found .*, need "):

@@ -203,7 +203,7 @@ def test_autocast_and_bfloat16_models(given_batch):
         assert_near(*results[::-1], 3e-2)
 
 
-@pytest.mark.parametrize("name", ["Bert", "T5", "Bart", "no head"])
+@pytest.mark.parametrize("name", ["Bert", "T5", "Bart", "no head", "classifier"])
 def test_other_models_are_refused(name):
     sizes = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16}
     if name == "Bert":
@@ -215,6 +215,8 @@ def test_other_models_are_refused(name):
         layers = {"encoder_layers": 1, "decoder_layers": 1}
         config = transformers.BartConfig(vocab_size=VOCAB, d_model=32, **layers)
         model = transformers.BartForConditionalGeneration(config)
+    elif name == "classifier":
+        model = transformers.LlamaForSequenceClassification(tiny().config)
     else:
         model = tiny().model
     kind = type(model)
