@@ -84,6 +84,12 @@ def find_peers(vocab: int, frozen: bool) -> dict:
     return peers
 
 
+def random_tensors(n: int, d: int, v: int, frozen: bool) -> tuple:
+    """(x, weight, labels) in bf16."""
+    x, weight, _, labels = script.make_problem(n, d, v, torch.bfloat16, "cuda")
+    return x, weight.requires_grad_(not frozen), labels.clamp(min=0)
+
+
 def find_exact(x, weight, labels) -> tuple:
     """(loss, dX of 2048 tokens, dW of 4096 words) in float32, 1024 tokens at a time."""
     n, loss, dx, dw = len(x), 0.0, [], 0.0
@@ -106,7 +112,7 @@ def relative(got, want) -> float:
 
 def time_shape(results: dict, name: str) -> None:
     for frozen in (False, True):
-        tensors = script.random_tensors(*SHAPES[name], frozen)
+        tensors = random_tensors(*SHAPES[name], frozen)
         x, weight, _ = tensors
         loss, dx, dw = find_exact(*tensors)
         runs, figures = {}, {}
@@ -128,7 +134,7 @@ def time_shape(results: dict, name: str) -> None:
                 print(f"  {peer}: loss {got} for {loss}, errors {errors}: not timed")
                 continue
             runs[peer] = functools.partial(script.backward, way, *tensors)
-        runs["bare products"] = script.bare_products(*tensors)
+        runs["bare products"] = functools.partial(script.bare_products, *tensors)
         measure = functools.partial(do_bench, rep=150, return_mode="median")
         times = in_turns(runs, measure, 3)
         title = f"{name} {'x'.join(map(str, SHAPES[name]))} W {'frozen' if frozen else 'trained'}"
@@ -141,7 +147,7 @@ def time_shape(results: dict, name: str) -> None:
 
 def time_grpo(results: dict) -> None:
     """8 completions of 1024 tokens, head of Llama 1B."""
-    x, weight, labels = script.random_tensors(*SHAPES["llama-1b"], False)
+    x, weight, labels = random_tensors(*SHAPES["llama-1b"], False)
     x, ids = x.detach().view(8, 1024, -1).requires_grad_(), labels.view(8, 1024)
     mask, old = torch.ones(8, 1024, device="cuda"), torch.full((8, 1024), -11.0, device="cuda")
     advantages = torch.randn(8, device="cuda")
@@ -185,7 +191,7 @@ def measure_memory(results: dict) -> None:
     }
     modes = itertools.product((torch.bfloat16, torch.float16, torch.float32, "autocast"), (0, 1))
     for (dtype, frozen), (name, way) in itertools.product(modes, functions.items()):
-        x, weight, labels = script.random_tensors(n, d, v, frozen)
+        x, weight, labels = random_tensors(n, d, v, frozen)
         kind = torch.float32 if dtype == "autocast" else dtype
         x, weight = x.detach().to(kind), weight.detach().to(kind).requires_grad_(not frozen)
         tensors, peaks = (x.requires_grad_(), weight, labels), []
@@ -249,7 +255,7 @@ def sweep(results: dict, path: Path) -> None:
     sizes += [("tokens", 2**k, 128256) for k in range(10, 16)]
     points = {}
     for (axis, n, v), (name, way) in itertools.product(sizes, ways.items()):
-        tensors = script.random_tensors(n, 2048, v, False)
+        tensors = random_tensors(n, 2048, v, False)
         with contextlib.suppress(torch.OutOfMemoryError):
             peak = script.peak_mib(way, *tensors)
             run = functools.partial(script.backward, way, *tensors)
