@@ -12,13 +12,15 @@ Idea: take the tokens in chunks, and write a chunk's gradient over its logits wh
   row: its statistics, and the gradient over the logits. For a scalar cross-entropy both at once,
   the second reading of the row from the L2 cache.
 - Logits are in the inputs' dtype in memory, float32 in registers. dW is summed in float32.
-- `chunk` says how many tokens' logits there is room for. A 16-bit dW then has no float32 sum: a
-  second pass recomputes the logits of all tokens for some words at a time, and writes those rows of
-  dW once. That is a fourth product. Until then dW's memory holds the first pass's logits.
+- `chunk` says how many tokens' logits there is room for. The kernel's losses then need no float32
+  sum of a 16-bit dW either: a second pass recomputes all tokens' logits for some words at a time,
+  and writes those rows of dW once, a fourth product. Until then dW's memory holds the first pass's
+  logits.
 
 Left out: dropping ignored tokens before the products (their number would have to come to the host),
 matmul kernels of our own (cuBLAS is within a few percent of the chip), tensor parallelism.
-Run on an H200 and on CPUs (plain PyTorch there). Not run on a T4, for which the kernel compiles.
+Run on an H200 (torch 2.11, triton 3.6) and on CPUs (torch 2.13; plain PyTorch there). Not run on a
+T4, for which the kernel compiles without spills.
 
     python chunked_ce.py            self-test, then timings (--test or --bench: one of them)
 
@@ -56,12 +58,12 @@ from triton.testing import do_bench
 IGNORE = -100
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 LOG2E = tl.constexpr(math.log2(math.e))
-# Tokens at a time where no `chunk` is given
-TRAINED = 4096  # W trained: the product hides the reading and writing of dW's float32 sum
-LEAN = 2048  # W trained, dW summed in 16 bits
-FROZEN = 832  # W frozen: 1024 were 1 to 2% faster on an H200, for 257 MiB of 128K words' logits
-CPU = 256  # on a CPU, which makes float32 copies of them
-FUNCTION = 512  # for which a user's function is called, and takes several float32 copies
+# Tokens at a time where no `chunk` is given:
+TRAINED = 4096  # W is trained: the product hides the reading and writing of dW's float32 sum
+LEAN = 2048  # W is trained, and dW summed in 16 bits
+FROZEN = 832  # W is frozen. 1024 were 1 to 2% faster on an H200, but 257 MiB for 128K words
+FUNCTION = 832  # a user's function is called for so many, and makes float32 copies of their logits
+CPU = 256  # the tensors are on a CPU, which makes float32 copies too
 
 
 def _error(name, found, need) -> ValueError:
@@ -74,17 +76,18 @@ def _error(name, found, need) -> ValueError:
 
 
 class _Options(NamedTuple):
-    """As an operator's schema can hold them."""
+    """What an operator's schema can hold. logit = scale * (product + bias), or with a cap
+    cap * tanh(scale * (product + bias) / cap)."""
 
-    scale: float  # logit = scale * (product + bias),
-    cap: float  # or, unless it is 0, cap * tanh(that / cap)
+    scale: float
+    cap: float  # 0: none
     smooth: bool  # whether the mean log-probability over the vocabulary is needed
     chunk: int  # tokens; 0: none given
     lean: bool  # whether dW is summed in its own dtype
     needs: Sequence[bool]  # gradients of x, weight, bias, and a user's tensors
 
 
-# ---- The definition in plain PyTorch; CPU tensors take it
+# ---- The definition in plain PyTorch, for CPU tensors and a user's function
 
 
 def logits_reference(products, bias, scale, cap) -> Tensor:
@@ -98,12 +101,13 @@ def logits_reference(products, bias, scale, cap) -> Tensor:
 
 
 def rows_reference(products, bias, labels, stats, coefs, options, write_stats, first=0):
-    """Of products [n, columns] with the words from `first` on: fills stats [4, n] if write_stats,
-    and given coefs [4, n] overwrites the products with their gradient.
+    """Fills stats [4, n] if write_stats, and given coefs [4, n] overwrites the products by their
+    gradient. Products [n, columns] are those with the words from `first` on.
 
     Stats, float32, 0 for ignored tokens: the largest logit (top); logsumexp of the logits less that
     (log_sum); the label's log-probability; the mean log-probability. The gradient by the logits:
-    (coefs[0] + coefs[3] * logsumexp) * softmax + coefs[1] * onehot(label) + coefs[2].
+    (coefs[0] + coefs[3] * logsumexp) * softmax + coefs[1] * onehot(label) + coefs[2]. The kernel
+    leaves the mean and coefs[2] out unless options.smooth.
     """
     live, column = labels != IGNORE, labels.long() - first
     logits = logits_reference(products, bias, options.scale, options.cap)
@@ -132,10 +136,10 @@ def rows_reference(products, bias, labels, stats, coefs, options, write_stats, f
 
 # fmt: off
 @triton.jit
-def _load_logits(products_ptr, bias_ptr, at, end, cols, scale, cap, EVICT: tl.constexpr,
+def _load_logits(products_ptr, bias_ptr, at, limit, cols, scale, cap, EVICT: tl.constexpr,
                  BIAS: tl.constexpr, CAP: tl.constexpr):
-    """Logits of the columns `at`; from cols to end, the room of a row in memory, anything."""
-    logits = tl.load(products_ptr + at, mask=at < end, other=0.0, eviction_policy=EVICT)
+    """Logits of the columns `at` below limit; what is not below cols is the caller's to mask."""
+    logits = tl.load(products_ptr + at, mask=at < limit, other=0.0, eviction_policy=EVICT)
     logits = logits.to(tl.float32)
     if BIAS:
         logits += tl.load(bias_ptr + at, mask=at < cols, other=0.0).to(tl.float32)
@@ -163,23 +167,24 @@ def _row_kernel(products_ptr, bias_ptr, labels_ptr, stats_ptr, coefs_ptr,
     products_ptr += row * stride
     stats_ptr += row
     coefs_ptr += row
-    end = tl.where(live, cols, 0)  # of an ignored row no column is read, and all are zeroed
-    # A lane has 8 columns, 16 bytes of bf16: its maximum and sums need no barrier
-    lane = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    end = tl.where(live, cols, 0)  # of an ignored row no column is read
+    # A block's columns. A thread has 8 neighbours, 16 bytes of bf16, and adds them by itself
+    cols8 = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     if STATS:
         best = tl.full([BLOCK // 8], -1e30, tl.float32)
         total = tl.full([BLOCK // 8], 0.0, tl.float32)
-        distance = total
+        distance = tl.full([BLOCK // 8], 0.0, tl.float32)
         picked = _load_logits(products_ptr, bias_ptr, tl.where(here, label, 0), end, cols, scale,
                               cap, "", BIAS, CAP)
-        origin = tl.where(picked == -float("inf"), 0.0, picked)  # near the mean: digits are kept
+        # The mean is summed as distance from a logit: a common offset then costs no digits
+        origin = tl.where(picked == -float("inf"), 0.0, picked)
         for start in range(0, end, BLOCK):
-            logits = _load_logits(products_ptr, bias_ptr, start + lane, stride, cols, scale, cap,
+            logits = _load_logits(products_ptr, bias_ptr, start + cols8, stride, cols, scale, cap,
                                   "", BIAS, CAP)
             if SMOOTH:
-                distance += tl.sum(tl.where(start + lane < cols, logits - origin, 0.0), axis=1)
+                distance += tl.sum(tl.where(start + cols8 < cols, logits - origin, 0.0), axis=1)
             if start + BLOCK > cols:
-                logits = tl.where(start + lane < cols, logits, -float("inf"))
+                logits = tl.where(start + cols8 < cols, logits, -float("inf"))
             new = tl.maximum(best, tl.max(logits, axis=1))
             p = tl.exp2((logits - new[:, None]) * LOG2E)
             total = total * tl.exp2((best - new) * LOG2E) + tl.sum(p, axis=1)
@@ -202,20 +207,20 @@ def _row_kernel(products_ptr, bias_ptr, labels_ptr, stats_ptr, coefs_ptr,
         c_all = tl.load(coefs_ptr + 2 * coefs_stride) * scale
         log2_sum = log_sum * LOG2E
         for start in range(0, end, BLOCK):
-            logits = _load_logits(products_ptr, bias_ptr, start + lane, stride, cols, scale, cap,
+            logits = _load_logits(products_ptr, bias_ptr, start + cols8, stride, cols, scale, cap,
                                   "evict_first", BIAS, CAP)
             grad = tl.exp2((logits - top) * LOG2E - log2_sum) * c_softmax
             if SMOOTH:
                 grad += c_all
             if (label >= start) & (label < start + BLOCK):
-                grad += tl.where(lane == label - start, c_label, 0.0)
+                grad += tl.where(cols8 == label - start, c_label, 0.0)
             if CAP:
                 grad *= 1.0 - (logits * (1.0 / cap)) * (logits * (1.0 / cap))
-            tl.store(products_ptr + start + lane, grad.to(products_ptr.dtype.element_ty),
-                     mask=start + lane < stride, eviction_policy="evict_first")
-        for start in range(end, cols, BLOCK):
+            tl.store(products_ptr + start + cols8, grad.to(products_ptr.dtype.element_ty),
+                     mask=start + cols8 < stride, eviction_policy="evict_first")
+        for start in range(end, cols, BLOCK):  # of an ignored row, whose end is 0
             zeros = tl.full([BLOCK // 8, 8], 0.0, products_ptr.dtype.element_ty)
-            tl.store(products_ptr + start + lane, zeros, mask=start + lane < stride)
+            tl.store(products_ptr + start + cols8, zeros, mask=start + cols8 < stride)
 
 
 @triton.jit
@@ -234,10 +239,11 @@ def _run_rows(products, bias, labels, stats, coefs, options, write_stats, first=
     if not (products.is_cuda or isinstance(_row_kernel, InterpretedFunction)):
         rows_reference(products, bias, labels, stats, coefs, options, write_stats, first)
     elif len(products):
-        # Columns at a time, and of a warp: as many as no chip spills registers for
-        most, of_a_warp = (16384, 512) if products.itemsize == 2 else (4096, 256)
-        block = min(most, max(256, triton.next_power_of_2(products.shape[1])))
+        # As large as compiles without spilled registers for sm_75 to sm_90
+        max_block, of_a_warp = (16384, 512) if products.itemsize == 2 else (4096, 256)
+        block = min(max_block, max(256, triton.next_power_of_2(products.shape[1])))
         flags = bias is not None, options.cap > 0, write_stats, coefs is not None, options.smooth
+        # Where there is none, any pointer will do
         bias, coefs = (stats if t is None else t.contiguous() for t in (bias, coefs))
         sizes = products.stride(0), stats.stride(0), coefs.stride(0), products.shape[1], first
         arguments = products, bias, labels, stats, coefs, *sizes, options.scale, options.cap
@@ -272,8 +278,8 @@ def _plan(x, weight, need_w, chunk, lean=False):
 
 
 def _padded(columns, like) -> int:
-    """Columns of a row in memory, on a GPU a multiple of 16: its 16-byte loads want rows that begin
-    at multiples of 16 bytes. None are added on a CPU: oneDNN's bf16 product for AMX reads past the end of a row and
+    """Columns of a row in memory. On a GPU a multiple of 16: Triton and cuBLAS then load 16 bytes
+    at once. None are added on a CPU: oneDNN's bf16 product for AMX reads past the end of a row and
     multiplies that with 0, which a NaN left there survives (its issue 5717)."""
     return -(-columns // 16) * 16 if like.is_cuda else columns
 
@@ -337,7 +343,7 @@ def _run(x, weight, bias, labels, stats, coefs, options, row_loss=None):
         columns = max(1, rows * len(weight) // n)
         columns -= columns % min(columns, 128)  # round numbers: products of others are slow
         dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-        if x.is_cuda:  # the first pass has its logits there, not bound by chunk
+        if x.is_cuda:  # the first pass's logits are there, so that chunk does not limit them
             rows = max(rows, min(n, TRAINED, dw.numel() // _padded(len(weight), x)))
 
     def step(products, i, j):
@@ -391,8 +397,9 @@ def _(x, weight, bias, labels, stats, coefs, *options):
 
 class _Chunked(torch.autograd.Function):
     """The forward pass: compute(None, *inputs) -> (value, early, kept). If early, a scalar's
-    gradients are kept, which the backward pass multiplies by the upstream gradient. Else that, now
-    that each token's own is known, calls compute(upstream, *inputs, *kept) -> gradients.
+    gradients are kept, which the backward pass multiplies by the upstream gradient. Otherwise the
+    backward pass, where each token's own is known, calls compute(upstream, *inputs, *kept) ->
+    gradients.
     """
 
     @staticmethod
@@ -422,8 +429,8 @@ def _multiply(gradient, factor):
     """gradient * factor, in its own memory: dW may be gigabytes."""
     if torch.compiler.is_compiling():
         return (gradient.float() * factor).to(gradient.dtype)
-    if not gradient.is_cuda:
-        return gradient.data.mul_(factor)  # .data: autograd need not hear, `spent` knows
+    if not gradient.is_cuda or gradient.dtype == torch.float64:  # of a user's tensor
+        return gradient.data.mul_(factor.to(gradient.device))  # .data: `spent` knows of it
     with torch.cuda.device_of(gradient):
         _scale_kernel[(4096,)](gradient.data, factor, gradient.numel(), 4096)
     return gradient
@@ -435,7 +442,7 @@ def _statistics(options, upstream, x, weight, bias, labels, stats=None):
         forward = options._replace(needs=[False] * 3)
         stats = _run(x, weight, bias, labels, None, None, forward)[0]
         return stats.clone(), False, [stats]
-    by_lse, _, by_logp, by_mean = upstream  # callers add the first two: their gradients are alike
+    by_lse, _, by_logp, by_mean = upstream  # of top and log_sum callers use the sum alone
     c_softmax, c_all = by_lse - by_logp - by_mean, by_mean / len(weight)
     coefs = torch.stack([c_softmax, by_logp, c_all, torch.zeros_like(by_lse)])
     return [*_run(x, weight, bias, labels, stats, coefs, options)[1:], None]
@@ -449,8 +456,8 @@ def _token_losses(stats, smoothing, z_loss):
 
 
 def _cross_entropy(options, smoothing, z_loss, _, x, weight, bias, labels, weights):
-    """sum(weights * _token_losses), with its gradients: of a softmax 1, as all log-probabilities
-    together have a factor of -1 and each is a logit less the logsumexp."""
+    """sum(weights * _token_losses), with its gradients. d logp / d logits = onehot - softmax and
+    d mean / d logits = 1 / V - softmax: softmax has a factor of (1 - smoothing) + smoothing."""
     factors = 1, smoothing - 1, -smoothing / len(weight), 2 * z_loss
     coefs = torch.stack([weights * factor for factor in factors])
     stats, *grads = _run(x, weight, bias, labels, None, coefs, options)
@@ -581,7 +588,7 @@ def _needs(tensors):
     return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
 
 
-def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=IGNORE, ignore_index=IGNORE,
+def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=..., ignore_index=IGNORE,
              temperature=1.0, smooth=False, lean=False):  # fmt: skip
     """Checks. ((x [n, D] in the dtype of the products, weight, bias, labels [n]), _Options). W is
     cast later, so that dW keeps W's own dtype."""
@@ -597,7 +604,7 @@ def _prepare(x, weight, bias, chunk, softcap, logit_scale, labels=IGNORE, ignore
         _check_tensor("bias", bias, (vocab,), x.device, DTYPES)
     if chunk is not None:
         _check_number("chunk", chunk, 1, kinds=int)
-    if labels is not IGNORE:
+    if labels is not ...:  # but for a user's function, which may have none
         _check_tensor("labels", labels, x.shape[:-1], x.device, (torch.int64, torch.int32))
         labels = labels.reshape(-1).contiguous()
         if ignore_index != IGNORE:
@@ -632,7 +639,8 @@ def memory_efficient_linear(
     scale is known), values' in the backward by calling fn again: it must repeat itself (no
     dropout). compile=True hands fn, with the upcast before it, to torch.compile. Inside a caller's
     torch.compile this is a graph break.
-    chunk: tokens at a time; by default TRAINED or FROZEN for the products, FUNCTION for fn. Memory
+    chunk: tokens at a time; by default TRAINED or FROZEN for the products, FUNCTION for fn.
+    Memory
     beyond the gradients: their 16-bit logits and what fn takes for its float32 ones; W trained in
     16 bits in several chunks: dW's float32 sum, 4 * V * D bytes; in autocast W's 16-bit copy.
     Raises ValueError or TypeError on input that does not fit, and where fn detaches its result or
@@ -680,14 +688,15 @@ def linear_cross_entropy(
     TRAINED and dW's float32 sum, 4 * V * D bytes (accum_dtype=torch.bfloat16: LEAN, dW summed in
     its own memory). In all 60 bytes a token, in autocast W's 16-bit copy, on a CPU float32 copies.
     Raises ValueError on input that does not fit; labels out of range on a GPU end in a device
-    assertion that names them, as checking earlier would wait for the GPU.
+    assertion that says so, as checking earlier would wait for the GPU.
     """
     if reduction not in ("mean", "sum", "none") or (reduction == "none" and num_items is not None):
         raise _error("reduction", reduction, "mean, sum, or none without num_items")
     _check_number("label_smoothing", label_smoothing, 0, 1)
     _check_number("z_loss", z_loss, 0)
-    tensors, options = _prepare(x, weight, bias, chunk, softcap, logit_scale, labels, ignore_index,
-                                smooth=label_smoothing > 0, lean=accum_dtype != torch.float32)  # fmt: skip
+    flags = {"smooth": label_smoothing > 0, "lean": accum_dtype != torch.float32}
+    given = x, weight, bias, chunk, softcap, logit_scale, labels, ignore_index
+    tensors, options = _prepare(*given, **flags)
     if options.lean and accum_dtype != weight.dtype:
         raise _error("accum_dtype", accum_dtype, f"float32 or {weight.dtype}")
     weights, divisor = (tensors[3] != IGNORE).float(), 1
@@ -695,14 +704,14 @@ def linear_cross_entropy(
         divisor = _divisor(num_items, x)
     elif reduction == "mean":
         divisor = weights.sum().clamp(min=1)
-    # A float16 dW, without a loss scale's upstream gradient, would leave the range
+    # Without a loss scale, which the upstream gradient has, a float16 dW overflows or underflows
     fp16 = options.needs[1] and weight.dtype == torch.float16
     if reduction == "none" or fp16 or not any(options.needs):
         stats = _Chunked.apply(functools.partial(_statistics, options), *tensors)
         losses = _token_losses(stats, label_smoothing, z_loss) * weights
         return losses.view(labels.shape) if reduction == "none" else losses.sum() / divisor
     compute = functools.partial(_cross_entropy, options, float(label_smoothing), float(z_loss))
-    if tensors[0].dtype == torch.float16:  # so would a dX of 1/tokens
+    if tensors[0].dtype == torch.float16:  # a dX of 1/tokens underflows, one of 32 does neither
         return _Chunked.apply(compute, *tensors, weights * 32) / (divisor * 32)
     return _Chunked.apply(compute, *tensors, weights / divisor)
 
@@ -770,6 +779,8 @@ def grpo_loss(
     and torch.compile cost a fourth product. Raises ValueError on input that does not fit.
     """
     shape, ratio = x.shape[:-1], importance_sampling_ratio
+    if x.ndim != 3:
+        raise _error("x", x, "[B, T, D]")
     if importance_sampling_level not in ("token", "sequence"):
         raise _error("importance_sampling_level", importance_sampling_level, "token or sequence")
     _check_number("beta", beta, 0)
@@ -846,10 +857,10 @@ def head_arguments(model) -> dict[str, Any]:
     """{weight, bias, softcap, logit_scale} of the head of a transformers CausalLM, or of a PEFT
     model around one, as it is now: arguments for the functions above, differentiable into adapters.
 
-    The weight is that of the active full copy, or with LoRA merged, or the base's where adapters
-    are disabled. Softcap and scale come from the config. Raises ValueError for a head that is more
-    than a linear layer: hooks, other classes, quantised, offloaded or sharded weights, other
-    adapters than LoRA, its variants, its dropout in training.
+    The weight is that of the active full copy, or with LoRA merged (a copy of W, and its gradient),
+    or the base's where adapters are disabled. Softcap and scale come from the config. Raises
+    ValueError for a head that is more than a linear layer: hooks, other classes, quantised,
+    offloaded or sharded weights, other adapters than LoRA, its variants, its dropout in training.
     """
     text = _base(model).config.get_text_config()
     scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None)
@@ -869,15 +880,15 @@ def _head_weight(head):
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         off = head.disable_adapters or not active
         return _head_weight(head.original_module if off else head.modules_to_save[active[0]])
-    replaced = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")  # accelerate's is none
+    replaced = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")  # but by accelerate
     if hooks or replaced or getattr(type(layer), "forward", None) is not torch.nn.Linear.forward:
         raise _error("the head", f"{type(layer).__name__} with {hooks} hooks", "a bare nn.Linear")
     if layer is not head and head.disable_adapters and head.merged:
         head.unmerge()  # as PEFT's own forward does
     weight = layer.weight
-    if weight.is_meta or hasattr(weight, "placements"):
+    if weight.is_meta or type(weight.detach()) is not Tensor:
         need = "it on a device (FSDP2: in the root's group)"
-        raise _error("the head", "its weight offloaded or sharded", need)
+        raise _error("the head", "its weight offloaded, sharded or quantised", need)
     if layer is head or head.disable_adapters or head.merged:
         return weight, layer.bias
     names = [name for name in head.active_adapters if name in getattr(head, "lora_A", ())]
@@ -901,9 +912,9 @@ def patch_causal_lm(model, check: bool = True, loss=None, eval_logits: bool = Tr
     and returns `predictions`, their argmax [B, T], which Trainer hands to compute_metrics. The head
     is looked at in each call, see head_arguments. loss: a function to call in place of
     linear_cross_entropy, with (hidden, labels=, ignore_index=, num_items=, **head_arguments).
-    `check` runs one short batch through both forwards and raises ValueError if the losses differ:
-    the model then does something else with its logits. Returns model, whose class is now a subclass
-    of its own: copies, pickles and replicas of it are patched.
+    `check` runs one short batch through both forwards (not with `loss`) and raises ValueError if
+    the losses differ: the model then does something else with its logits. Returns model, whose
+    class is now a subclass of its own: copies, pickles and replicas of it are patched.
     """
     base = _base(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
@@ -956,7 +967,8 @@ def _restore(cls):
 def _forward(self, settings, labels, shift_labels=None, num_items_in_batch=None,
              ignore_index=IGNORE, logits_to_keep=0, return_dict=None, **given):  # fmt: skip
     """A patched model's loss; what is given besides goes to the model's body."""
-    router = given.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+    router = given.get("output_router_logits")
+    router = getattr(self.config, "output_router_logits", False) if router is None else router
     changed = self.loss_function is not settings["replaces"]
     if router or changed or isinstance(logits_to_keep, Tensor) or logits_to_keep:
         found = f"output_router_logits {router}, loss_function changed {changed}"
@@ -994,7 +1006,7 @@ def _check_patch(base, patched, settings):
     """Raises where a short batch has another loss in the patched forward than in its own."""
     ids = torch.arange(1, 9, device=base.device)[None] % base.config.get_text_config().vocab_size
     modes, results = {module: module.training for module in base.modules()}, []
-    ours = functools.partial(_forward, base, settings)
+    ours = functools.partial(_forward, base, settings | {"loss": None})
     try:
         base.train()  # in evaluation bitsandbytes' CPU layers repack their weights for good
         for forward in (functools.partial(patched.__mro__[1].forward, base), ours):
@@ -1105,7 +1117,7 @@ def self_test():
         raise AssertionError("the gradient of a tensor that fn closes over would be lost")
     yield "any function: values and sums, gradients of x, W, bias and its arguments, ragged chunks"
 
-    x, weight, bias, labels = make_problem(23, 8, 101, device=device)
+    x, weight, bias, labels = make_problem(23, 8, 5000, device=device)  # two blocks
     options, runs = _Options(0.5, 3.0, True, 0, False, [True] * 3), []
     coefs = torch.randn(4, 23, device=device)
     for run in (_run_rows, rows_reference):
@@ -1229,6 +1241,8 @@ def main():
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
     args = parser.parse_args()
     gpu, checks, figures = torch.cuda.is_available(), 0, {}
+    if args.bench and not gpu:
+        parser.error("--bench needs a GPU")
     device = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"chunked_ce | {device} | torch {torch.__version__} | triton {triton.__version__}")
     if args.test or not args.bench:

@@ -1049,6 +1049,7 @@ def test_errors_of_grpo():
         refused(words, grpo_loss, x, weight, labels, advantages, mask, **option)
     refused("advantages", grpo_loss, x, weight, labels, advantages[1:], mask)
     refused("advantages", grpo_loss, x, weight, labels, None, mask)
+    refused("x", grpo_loss, x[0], weight, labels[0], advantages, mask[0])
     refused("mask", grpo_loss, x, weight, labels, advantages, mask[1:])
     refused("mask", grpo_loss, x, weight, labels, advantages, None)
     refused("labels", grpo_loss, x, weight, labels[1:], advantages, mask)
@@ -1103,6 +1104,18 @@ def test_labels_out_of_range_stop_the_gpu():
     code += "c.linear_cross_entropy(x, x, torch.tensor([0, 1, 4, -100], device='cuda')).item()"
     done = run_python(code)
     assert done.returncode and "label outside the vocabulary" in done.stderr + done.stdout
+
+
+@pytest.mark.gpu
+def test_arguments_on_a_cpu_and_in_float64():
+    """0-d tensors may stay on the CPU; a gradient has its tensor's dtype and digits."""
+    x, weight, _, labels = problem(device="cuda")
+    heat = torch.tensor(1.7, requires_grad=True)
+    weights = torch.rand(23, dtype=torch.float64, device="cuda", requires_grad=True)
+    fn = lambda logits, y, heat, weights: (each_nll(logits / heat, y) * weights).sum()
+    inputs = x, weight, heat, weights
+    ours = memory_efficient_linear(x, weight, fn, labels, heat, weights) * 3
+    near(gradients(ours, inputs), gradients(fn(x @ weight.t(), labels, heat, weights) * 3, inputs))
 
 
 @pytest.mark.gpu(gib=16)

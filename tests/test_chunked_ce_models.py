@@ -448,7 +448,7 @@ def test_a_loss_of_ones_own(given_batch):
         seen.append({*arguments})
         return linear_cross_entropy(hidden, **arguments, z_loss=0.1)
 
-    model = patch_causal_lm(tiny(), check=False, loss=loss)
+    model = patch_causal_lm(tiny(), loss=loss)
     got, stock = model(**given_batch).loss, tiny()
     logits = stock(**given_batch).logits[:, :-1]
     live = given_batch["labels"][:, 1:] != IGNORE
@@ -470,8 +470,9 @@ def test_what_needs_logits_is_refused(given_batch):
     with refused("output_router_logits"):
         model(**given_batch, output_router_logits=True)
     model.config.output_router_logits = True
-    with refused("output_router_logits"):
-        model(**given_batch)
+    for unsaid in ({}, {"output_router_logits": None}):
+        with refused("output_router_logits"):
+            model(**given_batch, **unsaid)
     assert model.eval()(**given_batch).aux_loss > 0
 
 
