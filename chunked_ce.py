@@ -488,19 +488,16 @@ def _logits_then(fn, products, bias, head, args):
     return fn(logits_reference(products, bias, *head), *args)
 
 
-@functools.cache
-def _compiled(code):
-    """_logits_then, compiled: float32 logits are then in registers alone. One for each function's
-    code, as graphs are kept, and limited, by the code that is compiled. What fn holds is not kept.
-    """
-    return torch.compile(types.FunctionType(_logits_then.__code__.replace(), globals()))
+_compiled = functools.cache(lambda: torch.compile(_logits_then))
 
 
-def _call_compiled(fn, *rest):
-    limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}  # never eager unsaid
-    with torch._dynamo.config.patch(**limits, suppress_errors=False):
-        inner = getattr(fn, "func", fn)  # of a functools.partial
-        return _compiled(getattr(inner, "__code__", type(inner)))(fn, *rest)
+def _call_compiled(*arguments):
+    """_logits_then, compiled: float32 logits are then in registers alone. There is a graph for each
+    fn; what fn holds is not kept. Many are allowed, and then an error, not eager calls unsaid."""
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1024)
+    limits |= {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
+    with torch._dynamo.config.patch(**limits):
+        return _compiled()(*arguments)
 
 
 def _any_loss(call, args, places, options, upstream, x, weight, bias, *tensors):

@@ -370,9 +370,8 @@ def compiled(function, **options):
 
 def in_eager_backend():
     """compile=True with graphs that are run as they are: C++ would take minutes."""
-    return unittest.mock.patch.object(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager")
-    )
+    compiled = torch.compile(script._logits_then, backend="aot_eager")
+    return unittest.mock.patch.object(script, "_compiled", lambda: compiled)
 
 
 def test_gradients_of_the_functions_own_arguments():
@@ -437,7 +436,7 @@ def closures():
 
 
 def lambdas():
-    for k, name in enumerate(OPS):
+    for k, name in enumerate(OPS * 5):
         body = f"on(torch.{name}(logits) * {k + 1}).sum(1) + each_nll(logits, y)"
         on = lambda t: t * (1.0 if torch.compiler.is_compiling() else 0.0)
         fn = eval(f"lambda logits, y: {body}", {"torch": torch, "each_nll": each_nll, "on": on})
@@ -783,13 +782,13 @@ def test_autocast():
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_autocast_to_another_16_bit_dtype(reduction, chunk):
+def test_autocast_to_another_16_bit_dtype(reduction, chunk, device):
     """A bf16 weight in fp16 products: its gradient is bf16, whatever the products are."""
-    x, weight, _, labels = problem(60, 16, 101, BF16)
+    x, weight, _, labels = problem(60, 16, 101, BF16, device)
     exact = in_double((x, weight))
     want = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction=reduction)
     plain = F.cross_entropy((x @ weight.t()).float(), labels, reduction=reduction)
-    with torch.autocast("cpu", HALF):
+    with torch.autocast(device, HALF):
         out = linear_cross_entropy(x, weight, labels, reduction=reduction, chunk=chunk)
     grads = gradients(out, (x, weight))
     assert [g.dtype for g in grads] == [BF16, BF16]
@@ -894,6 +893,11 @@ def test_small_fp16_gradients(device):
     ways.append(lambda x, w, y: linear_cross_entropy(x, w, y, reduction="none").sum())
     x, weight, _, labels = problem(4096, 16, 2000, HALF, device)
     labels, count = labels.clamp(max=99), (labels != IGNORE).sum()
+    weight = (
+        weight.detach() + 2
+    ).requires_grad_()  # its rows' mean is what the small ones add up to
+    advantages = torch.ones(1, device=device)  # on-policy, GRPO's gradient is cross-entropy's
+    ways.append(lambda x, w, y: grpo_loss(x[None], w, y[None], advantages, (y != IGNORE)[None]))
     for way, trained in itertools.product(ways, (True, False)):
         inputs = (x, weight) if trained else (x,)
         w = weight if trained else weight.detach()
@@ -902,6 +906,17 @@ def test_small_fp16_gradients(device):
         got, want = (gradients(out * 2.0**16, inputs) for out in outs)
         got, want = ([*grads, *(g[100:] for g in grads[1:])] for grads in (got, want))
         near(got, want, tolerance=5e-3)
+
+
+def test_large_fp16_gradients(device):
+    """Of a word that all tokens have, in a mean; the sum over tokens is beyond 65504."""
+    x, weight, _, labels = problem(4096, 16, 200, HALF, device)
+    x = x.detach().abs().add(1).requires_grad_()
+    outs = [linear_cross_entropy(x, weight, labels * 0, chunk=chunk) for chunk in (None, 64)]
+    exact = F.cross_entropy(x.float() @ weight.float().t(), labels * 0)
+    want = gradients(exact * 64, (x, weight))
+    for out in outs:
+        near(gradients(out * 64, (x, weight)), want, tolerance=5e-3)
 
 
 # ---- Memory
@@ -931,7 +946,7 @@ COUNTED = {
 def test_memory_is_what_the_docstrings_say(dtype, trained):
     """With a chunk, beyond the gradients. A CPU has six float32 copies of it, and 1 MiB of tensors
     that are small here. All the logits take 8 or 16, dW in float32 4."""
-    n, d, v, chunk, mib = 512, 128, 8192, 16, 2**20
+    n, d, v, chunk, mib = 512, 256, 8192, 16, 2**20
     stored, kind = (FULL, BF16) if dtype == "autocast" else (dtype, dtype)
     x, weight, _, labels = problem(n, d, v, stored)
     weight.requires_grad_(trained)
