@@ -107,9 +107,22 @@ def same_as(run, naive, inputs, tolerance=None):
 # ---- The definitions, of all the logits
 
 
+class Rounded(torch.autograd.Function):
+    """float64 products as they are in a dtype, and their gradient."""
+
+    dtype = None  # of the products; None: as they are
+
+    @staticmethod
+    def forward(ctx, products):
+        return products.to(Rounded.dtype).double()
+
+    backward = forward
+
+
 def naive_logits(x, weight, bias=None, softcap=None, logit_scale=1.0, temperature=1.0):
     """float32 logits of 16-bit products."""
-    logits = x @ weight.t() if bias is None else x @ weight.t() + bias
+    logits = x @ weight.t() if Rounded.dtype is None else Rounded.apply(x @ weight.t())
+    logits = logits if bias is None else logits + bias
     logits = (logits.float() if logits.itemsize == 2 else logits) * logit_scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return logits / temperature
@@ -206,11 +219,12 @@ def check_random(ours, naive, tensors, rng, tiny):
     """
     runs, results, upstream = [(ours, tensors), (naive, in_double(tensors))], [], None
     dtype, on = tensors[0].dtype, [k for k, t in enumerate(tensors) if t.requires_grad]
-    if dtype != FULL:
-        runs.append((naive, tensors))
+    if dtype != FULL:  # in 16 bits, and with products that alone are in 16 bits
+        runs += [(naive, tensors), (naive, in_double(tensors))]
     with small() if tiny else contextlib.nullcontext():
-        for run, given in runs:
-            out = run(*given)
+        for k, (run, given) in enumerate(runs):
+            with unittest.mock.patch.object(Rounded, "dtype", dtype if k == 3 else None):
+                out = run(*given)
             out = out if isinstance(out, torch.Tensor) else torch.stack([*out])
             if upstream is None:
                 assert out.dtype == FULL and out.requires_grad == bool(on)
@@ -219,7 +233,8 @@ def check_random(ours, naive, tensors, rng, tiny):
             if on and out.requires_grad:  # a naive one may have nothing that counts
                 options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
                 given = [given[k] for k in on], upstream.to(out)
-                grads, again = (torch.autograd.grad(out, *given, **options) for _ in range(2))
+                with unittest.mock.patch.object(Rounded, "dtype", dtype):
+                    grads, again = (torch.autograd.grad(out, *given, **options) for _ in range(2))
                 near(again, grads, tolerance=0)  # a second backward of the same graph
             results.append([out, *grads])
     largest = max(1, *(t.detach().double().norm() for t in tensors))
@@ -229,7 +244,7 @@ def check_random(ours, naive, tensors, rng, tiny):
         size = largest * (upstream.norm().double() if at else max(1, want.numel() ** 0.5))
         limit = 2e-5 * norm
         if dtype != FULL:
-            own = (results[2][at].double() - want).norm()
+            own = sum((result[at].double() - want).norm() for result in results[2:])
             limit = 1.1 * own + 2 * ROUNDING[dtype] * norm
         nearly_zero = norm < (1e-4 if dtype == FULL else 0.05) * size
         limit = max(limit, ROUNDING[dtype] * size) if nearly_zero or dtype == FULL else limit
