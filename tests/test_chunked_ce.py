@@ -107,22 +107,17 @@ def same_as(run, naive, inputs, tolerance=None):
 # ---- The definitions, of all the logits
 
 
-class Rounded(torch.autograd.Function):
-    """float64 products as they are in a dtype, and their gradient."""
-
-    dtype = None  # of the products; None: as they are
-
-    @staticmethod
-    def forward(ctx, products):
-        return products.to(Rounded.dtype).double()
-
-    backward = forward
+ROUNDED = {"dtype": None}  # float64 products, and the gradient by them, as they are in this dtype
 
 
 def naive_logits(x, weight, bias=None, softcap=None, logit_scale=1.0, temperature=1.0):
     """float32 logits of 16-bit products."""
-    logits = x @ weight.t() if Rounded.dtype is None else Rounded.apply(x @ weight.t())
+    logits, dtype = x @ weight.t(), ROUNDED["dtype"]
+    if dtype is not None:
+        logits = logits + (logits.to(dtype).double() - logits).detach()
     logits = logits if bias is None else logits + bias
+    if dtype is not None and logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient.to(dtype).double())
     logits = (logits.float() if logits.itemsize == 2 else logits) * logit_scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return logits / temperature
@@ -223,7 +218,7 @@ def check_random(ours, naive, tensors, rng, tiny):
         runs += [(naive, tensors), (naive, in_double(tensors))]
     with small() if tiny else contextlib.nullcontext():
         for k, (run, given) in enumerate(runs):
-            with unittest.mock.patch.object(Rounded, "dtype", dtype if k == 3 else None):
+            with unittest.mock.patch.dict(ROUNDED, dtype=dtype if k == 3 else None):
                 out = run(*given)
             out = out if isinstance(out, torch.Tensor) else torch.stack([*out])
             if upstream is None:
@@ -233,8 +228,7 @@ def check_random(ours, naive, tensors, rng, tiny):
             if on and out.requires_grad:  # a naive one may have nothing that counts
                 options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
                 given = [given[k] for k in on], upstream.to(out)
-                with unittest.mock.patch.object(Rounded, "dtype", dtype):
-                    grads, again = (torch.autograd.grad(out, *given, **options) for _ in range(2))
+                grads, again = (torch.autograd.grad(out, *given, **options) for _ in range(2))
                 near(again, grads, tolerance=0)  # a second backward of the same graph
             results.append([out, *grads])
     largest = max(1, *(t.detach().double().norm() for t in tensors))
